@@ -1,0 +1,242 @@
+"""The `compress` command.
+
+Exit codes: 0 all went well, 1 the run failed (or one of its variants), 2 the recipe or the command
+line is at fault, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from compressor import __version__
+from compressor.errors import CompressorError, RecipeError
+
+if TYPE_CHECKING:
+    from compressor.plan import Plan
+    from compressor.recipe import Recipe
+
+app = typer.Typer(
+    name="compress",
+    help="Compress a language model, and know what it lost and what each token costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+RecipePath = Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)]
+OutputDir = Annotated[Path | None, typer.Option("--output", help="Directory of runs.")]
+StoreDir = Annotated[Path | None, typer.Option("--store", help="Directory of finished stages.")]
+Only = Annotated[list[str] | None, typer.Option("--only", help="Only this variant; repeatable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Entry point: every expected failure is one message and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except CompressorError as error:
+        if os.environ.get("COMPRESSOR_TRACEBACK"):
+            raise
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted: run again to go on from here", style="yellow")
+        sys.exit(130)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"compressor {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    output: OutputDir = None,
+    store: StoreDir = None,
+    only: Only = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
+) -> None:
+    """Do what the recipe says: quantize, evaluate, measure, export, report."""
+    from compressor.progress import make_progress
+    from compressor.report.terminal import closing_table
+    from compressor.run import execute
+
+    plan = _plan(recipe, output, store, only)
+    result = execute(plan, make_progress(quiet))
+    if not quiet:
+        console = Console()
+        console.print(closing_table(result.report))
+        console.print(f"report: {result.run_dir / 'report' / 'index.html'}", soft_wrap=True)
+    for variant, message in result.failed_variants.items():
+        Console(stderr=True).print(f"{variant} failed: {message}", style="red", markup=False)
+    if result.failed_variants:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    output: OutputDir = None,
+    store: StoreDir = None,
+    only: Only = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run will do, and what it will take in time, memory and disk."""
+    made = _plan(recipe, output, store, only)
+    rows = [
+        {
+            "name": stage.name,
+            "kind": stage.kind,
+            "variant": stage.variant,
+            "key": stage.key,
+            "cached": stage.cached,
+            "seconds": round(stage.estimate.seconds, 1),
+            "memory_bytes": stage.estimate.memory_bytes,
+            "disk_bytes": stage.estimate.disk_bytes,
+        }
+        for stage in made.stages
+    ]
+    if as_json:
+        typer.echo(json.dumps({"key": made.key, "stages": rows}, indent=1))
+        return
+    facts = made.facts
+    table = Table(
+        title=f"{made.recipe.name}: {facts.architecture}, {facts.parameters / 1e6:,.0f}M parameters"
+    )
+    table.add_column("stage")
+    for column in ("time", "memory", "disk"):
+        table.add_column(column, justify="right")
+    for stage in made.stages:
+        e = stage.estimate
+        cells = ("done", "", "") if stage.cached else (
+            _duration(e.seconds), f"{e.memory_bytes / 1e9:.1f} GB", f"{e.disk_bytes / 1e6:,.0f} MB"
+        )  # fmt: skip
+        table.add_row(stage.name, *cells)
+    left = made.remaining
+    table.add_section()
+    table.add_row(
+        "in all (estimated)",
+        _duration(sum(stage.estimate.seconds for stage in left)),
+        f"{max((s.estimate.memory_bytes for s in left), default=0) / 1e9:.1f} GB",
+        f"{sum(s.estimate.disk_bytes for s in left) / 1e6:,.0f} MB",
+    )
+    Console().print(table)
+    made.check_disk()
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine has, and what to install for what is missing."""
+    from compressor.doctor import checks, environment
+
+    found = checks(Path.cwd())
+    if as_json:
+        value = {"environment": environment(), "checks": [vars(check) for check in found]}
+        typer.echo(json.dumps(value, indent=1))
+        return
+    table = Table(title="compress doctor")
+    for column in ("what", "found", "for", "to install"):
+        table.add_column(column)
+    for check in found:
+        missing = check.found is None
+        table.add_row(
+            check.name, "[yellow]no[/]" if missing else check.found, check.purpose,
+            check.fix if missing else "",
+        )  # fmt: skip
+    Console().print(table)
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Argument(help="Hub id, directory, or .gguf file.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write.")] = None,
+) -> None:
+    """Write a commented starter recipe for a model."""
+    from compressor.starter import default_file, starter
+
+    path = output or default_file(model)
+    if path.exists():
+        raise RecipeError("the file is already there", where=str(path), fix="give another with -o")
+    try:
+        path.write_text(starter(model, str(path)), encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(
+            f"cannot be written ({error.strerror})", where=str(path), fix="give another with -o"
+        ) from error
+    typer.echo(f"wrote {path}; next: compress plan {path}")
+
+
+@app.command()
+def schema(
+    docs: Annotated[bool, typer.Option("--docs", help="Print the reference as Markdown.")] = False,
+) -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from compressor.recipe import recipe_schema
+    from compressor.reference import render
+
+    found = recipe_schema()
+    typer.echo(render(found) if docs else json.dumps(found, indent=2), nl=not docs)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="A run's directory.")],
+) -> None:
+    """Write a run's report again from its report.json."""
+    from compressor.report.terminal import closing_table
+    from compressor.report.write import write_report
+
+    path = run_dir / "report" / "report.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            "no report can be read there", where=str(path), fix="give the directory of a run"
+        ) from error
+    write_report(content, run_dir / "report")
+    Console().print(closing_table(content))
+
+
+def _plan(recipe: Path, output: Path | None, store: Path | None, only: list[str] | None) -> Plan:
+    from compressor.plan import make_plan
+    from compressor.recipe import load_recipe
+    from compressor.store import Store
+
+    loaded: Recipe = load_recipe(recipe)
+    unknown = set(only or ()) - set(loaded.variants)
+    if unknown:
+        raise RecipeError(
+            f"no variant {sorted(unknown)[0]!r}",
+            where=str(recipe),
+            fix=f"choose from {', '.join(loaded.variants)}",
+        )
+    if output is not None:
+        loaded = loaded.model_copy(update={"output": str(output.resolve())})
+    return make_plan(loaded, Store((store or loaded.store_dir).resolve()), only or ())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

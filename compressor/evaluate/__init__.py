@@ -1,0 +1,1 @@
+"""Quality: what a compressed model lost against its baseline."""

@@ -1,0 +1,1 @@
+"""Artifacts in the formats that serving engines load: one file per format."""

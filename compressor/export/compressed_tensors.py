@@ -1,0 +1,273 @@
+"""The compressed-tensors format, read by vLLM, SGLang, TGI and transformers.
+
+Format: https://github.com/vllm-project/compressed-tensors. ``config.json`` carries
+``quantization_config``; only keys that older readers know are written. Tensors per linear:
+
+- ``int-quantized`` (8-bit weights and activations): ``weight`` int8 [out, in], ``weight_scale``
+  [out, groups];
+- ``pack-quantized`` (weights only): ``weight_packed`` int32 [out, in * bits / 32],
+  ``weight_scale`` [out, groups], ``weight_shape`` int64 [2], ``weight_zero_point`` packed along
+  out when asymmetric, ``weight_g_idx`` int32 [in] when columns were grouped by activation order.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationConfig
+from torch import nn
+
+from compressor.errors import RunError
+from compressor.models.architecture import CausalLM
+from compressor.models.checkpoint import Checkpoint, TensorWriter
+from compressor.numerics.linear import QuantizedLinear
+from compressor.numerics.packing import pack_int32, unpack_int32
+from compressor.numerics.quantized import QuantizedTensor
+from compressor.numerics.scheme import ActivationScheme, Scheme, WeightScheme
+from compressor.store import file_sha256
+
+NAME = "compressed-tensors"
+MAX_SHARD_BYTES = 5_000_000_000
+SUMS = "SHA256SUMS"
+_COPIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
+    """``quantization_config`` of a model whose quantized linears all share ``scheme``.
+
+    Args:
+        scheme: weights and activations.
+        ignore: names of linears that stay as they are.
+    """
+    weights: dict[str, Any] = {
+        "num_bits": scheme.weights.num_bits,
+        "type": "int",
+        "symmetric": scheme.weights.symmetric,
+        "strategy": scheme.weights.strategy,
+        "dynamic": False,
+    }
+    if scheme.weights.strategy == "group":
+        weights["group_size"] = scheme.weights.group_size
+    activations = None
+    if scheme.input_activations is not None:
+        activations = {
+            "num_bits": scheme.input_activations.num_bits,
+            "type": "int",
+            "symmetric": scheme.input_activations.symmetric,
+            "strategy": scheme.input_activations.strategy,
+            "dynamic": scheme.input_activations.dynamic,
+        }
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": _format(scheme),
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": weights,
+                "input_activations": activations,
+                "output_activations": None,
+            }
+        },
+        "ignore": sorted(ignore),
+        "kv_cache_scheme": None,
+    }
+    QuantizationConfig.model_validate(config)  # the format's own library must accept it
+    return config
+
+
+def export(
+    model_dir: Path,
+    quantized: Iterable[tuple[str, QuantizedTensor]],
+    scheme: Scheme,
+    ignore: Sequence[str],
+    provenance: dict[str, Any],
+    directory: Path,
+    advance: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Write a complete artifact directory; equal inputs give equal bytes.
+
+    Args:
+        model_dir: the baseline's checkpoint directory.
+        quantized: (linear name, tensor), in any order, read once.
+        scheme: shared by every quantized linear.
+        ignore: names of linears left unquantized.
+        provenance: written as ``compression.json``; must hold no times.
+        directory: receives the artifact.
+        advance: called with the bytes written so far as they grow.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    source = Checkpoint(model_dir)
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    done: set[str] = set()
+    writer = TensorWriter(directory, MAX_SHARD_BYTES)
+    for name, tensor in quantized:
+        dtype = source.dtype(f"{name}.weight")
+        for key, value in _tensors(tensor, scheme, dtype).items():
+            writer.add(f"{name}.{key}", value)
+            advance(value.nbytes)
+        done.add(f"{name}.weight")
+    for name in source.names:
+        if name not in done:
+            value = source.tensor(name)
+            writer.add(name, value)
+            advance(value.nbytes)
+    writer.close()
+    config["quantization_config"] = quantization_config(scheme, ignore)
+    _write_json(directory / "config.json", config)
+    _write_json(directory / "compression.json", provenance)
+    for pattern in _COPIED:
+        for path in sorted(model_dir.glob(pattern)):
+            shutil.copyfile(path, directory / path.name)
+    write_sums(directory)
+
+
+def export_dense(model_dir: Path, provenance: dict[str, Any], directory: Path) -> None:
+    """The baseline itself as a complete artifact directory, so that it is served alike."""
+    directory.mkdir(parents=True, exist_ok=True)
+    source = Checkpoint(model_dir)
+    writer = TensorWriter(directory, MAX_SHARD_BYTES)
+    for name in source.names:
+        writer.add(name, source.tensor(name))
+    writer.close()
+    shutil.copyfile(model_dir / "config.json", directory / "config.json")
+    _write_json(directory / "compression.json", provenance)
+    for pattern in _COPIED:
+        for path in sorted(model_dir.glob(pattern)):
+            shutil.copyfile(path, directory / path.name)
+    write_sums(directory)
+
+
+def write_sums(directory: Path) -> None:
+    """``SHA256SUMS`` in the format of sha256sum(1), over every other file."""
+    files = sorted(p for p in directory.iterdir() if p.is_file() and p.name != SUMS)
+    lines = [f"{file_sha256(path)}  {path.name}\n" for path in files]
+    (directory / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def load_model(
+    directory: Path, *, kernel: str = "reference", dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """A compressed-tensors directory (ours or another tool's) as a runnable causal LM.
+
+    Args:
+        directory: holds config.json with ``quantization_config`` and safetensors; a directory
+            without ``quantization_config`` is loaded as it is.
+        kernel: ``reference`` (dequantized weights, activations rounded as the engine rounds them)
+            or ``auto`` (low-bit kernels where this device has them).
+        dtype: of activations and of everything that is not quantized.
+
+    Raises:
+        RunError: the directory uses a part of the format that is not read here.
+    """
+    model = CausalLM.open(directory)
+    found = json.loads((directory / "config.json").read_text(encoding="utf-8")).get(
+        "quantization_config"
+    )
+    if found:
+        scheme = _read_scheme(found, directory)
+        source = Checkpoint(directory)
+        for index in range(len(model.blocks)):
+            for ref in model.linears(index):
+                if source.has(f"{ref.name}.weight") and not source.has(f"{ref.name}.weight_scale"):
+                    continue
+                tensor = read_tensor(source, ref.name, scheme)
+                bias = source.tensor(f"{ref.name}.bias") if ref.module.bias is not None else None
+                model.replace_linear(
+                    ref,
+                    QuantizedLinear.from_tensor(tensor, scheme, bias, kernel=kernel, dtype=dtype),
+                )
+    return model.load_full(dtype, "cpu")
+
+
+def read_tensor(source: Checkpoint, name: str, scheme: Scheme) -> QuantizedTensor:
+    """One linear of a compressed-tensors checkpoint."""
+    scale = source.tensor(f"{name}.weight_scale").float()
+    bits = scheme.weights.num_bits
+    if source.has(f"{name}.weight_packed"):
+        shape = torch.Size(source.tensor(f"{name}.weight_shape").tolist())
+        codes = unpack_int32(source.tensor(f"{name}.weight_packed"), bits, shape)
+    else:
+        codes = source.tensor(f"{name}.weight")
+    zero_point = None
+    if not scheme.weights.symmetric:
+        zero_point = source.tensor(f"{name}.weight_zero_point")
+        if zero_point.dtype == torch.int32:
+            zero_point = unpack_int32(zero_point, bits, scale.shape, packed_dim=0)
+    g_idx = None
+    if source.has(f"{name}.weight_g_idx"):
+        g_idx = source.tensor(f"{name}.weight_g_idx")
+    return QuantizedTensor(codes, scale, zero_point, g_idx, scheme.weights)
+
+
+def _format(scheme: Scheme) -> str:
+    return "int-quantized" if scheme.input_activations is not None else "pack-quantized"
+
+
+def _tensors(
+    tensor: QuantizedTensor, scheme: Scheme, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The format's tensors of one linear. Scales of packed weights are stored in the model's own
+    dtype, which engines load them into; the grid was rounded to it before codes were chosen."""
+    if _format(scheme) == "int-quantized":
+        return {"weight": tensor.codes, "weight_scale": tensor.scale}
+    bits = scheme.weights.num_bits
+    found = {
+        "weight_packed": pack_int32(tensor.codes, bits),
+        "weight_scale": tensor.scale.to(dtype),
+        "weight_shape": torch.tensor(tensor.codes.shape, dtype=torch.int64),
+    }
+    if tensor.zero_point is not None:
+        found["weight_zero_point"] = pack_int32(tensor.zero_point, bits, packed_dim=0)
+    if tensor.g_idx is not None:
+        found["weight_g_idx"] = tensor.g_idx
+    return found
+
+
+def _read_scheme(config: dict[str, Any], directory: Path) -> Scheme:
+    groups = list(config.get("config_groups", {}).values())
+    if config.get("quant_method") != NAME or len(groups) != 1:
+        raise RunError(
+            "only compressed-tensors checkpoints with one config group are read",
+            where=str(directory / "config.json"),
+            fix="export with one scheme for all linears",
+        )
+    weights, activations = groups[0]["weights"], groups[0].get("input_activations")
+    bits = weights["num_bits"]
+    return Scheme(
+        name=f"W{bits}A{activations['num_bits'] if activations else 16}",
+        weights=WeightScheme(
+            num_bits=bits,
+            symmetric=weights["symmetric"],
+            strategy=weights["strategy"],
+            group_size=weights.get("group_size"),
+        ),
+        input_activations=ActivationScheme(
+            num_bits=activations["num_bits"],
+            symmetric=activations["symmetric"],
+            strategy=activations["strategy"],
+            dynamic=activations["dynamic"],
+        )
+        if activations
+        else None,
+    )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

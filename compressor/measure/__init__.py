@@ -1,0 +1,1 @@
+"""Speed and cost: workloads, engines, per-request samples, figures and the cost ledger."""

@@ -1,0 +1,167 @@
+"""In-process engine: a transformers causal LM, greedy, fixed output length, key-value cache."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+from compressor.measure.engines.base import RequestSample
+
+Loader = Callable[[torch.dtype], nn.Module]
+CacheKind = Literal["dynamic", "static"]
+
+_CLOCK_DIGITS = 7  # 0.1 microseconds: finer than the clock's own jitter, short in the sample files
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared tensors counted once."""
+    seen: dict[int, int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())
+
+
+def model_kernel(model: nn.Module) -> str:
+    """Kernels of the low-bit linears by use, such as ``int4pack (210)``; ``dense`` if none."""
+    names = [getattr(module, "kernel_name", None) for module in model.modules()]
+    counts = Counter(name for name in names if isinstance(name, str))
+    return ", ".join(f"{name} ({count})" for name, count in counts.most_common()) or "dense"
+
+
+def model_dtype(model: nn.Module) -> str:
+    """Data type of the activations: that of the embeddings, such as ``bfloat16``."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    return str(next(embeddings.parameters()).dtype).removeprefix("torch.")
+
+
+class TransformersEngine:
+    """Serves a batch of equally long prompts together: one prefill, then one step per token.
+
+    Each token is chosen greedily and the end-of-sequence token is ignored, so that every variant
+    does the same work. The clock is read after the token reached the host.
+
+    Args:
+        loader: returns the ready model in evaluation mode for a dtype of its activations.
+        dtype: what the loader is asked for.
+        cache: ``dynamic`` grows the key-value cache by one position a step; ``static``
+            preallocates it.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        loader: Loader,
+        *,
+        dtype: torch.dtype = torch.float32,
+        cache: CacheKind = "dynamic",
+    ) -> None:
+        self._loader, self._dtype = loader, dtype
+        self._cache_kind = cache
+        self._model: nn.Module | None = None
+        self._served = 0
+        self._last_logit_only: dict[str, Any] = {}
+
+    @property
+    def model(self) -> nn.Module:
+        """The loaded model; RuntimeError before `start`."""
+        if self._model is None:
+            raise RuntimeError("the engine was not started")
+        return self._model
+
+    def start(self) -> None:
+        """Load the model, once."""
+        if self._model is None:
+            self._model = self._loader(self._dtype).eval()
+            parameters = inspect.signature(self._model.forward).parameters
+            self._last_logit_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+
+    def stop(self) -> None:
+        """Drop the model and return its memory."""
+        self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def metadata(self) -> dict[str, Any]:
+        """Facts about the started engine, for the report and the recomputation."""
+        device = next(self.model.parameters()).device
+        return {
+            "engine": self.name,
+            "engine_version": transformers.__version__,
+            "torch_version": torch.__version__,
+            "device": str(device),
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            "attention": getattr(self.model.config, "_attn_implementation", None),
+            "cache": self._cache_kind,
+            "decoding": "greedy, fixed length, end-of-sequence ignored",
+            "kernel": model_kernel(self.model),
+            "dtype": model_dtype(self.model),
+            "model_bytes": model_bytes(self.model),
+        }
+
+    def _new_cache(self, length: int) -> DynamicCache | StaticCache:
+        config = self.model.config
+        if self._cache_kind == "static":
+            return StaticCache(config=config, max_cache_len=length)  # type: ignore[arg-type]
+        return DynamicCache(config=config)  # type: ignore[arg-type]
+
+    @torch.inference_mode()
+    def generate_tokens(
+        self, prompts: Sequence[Sequence[int]], output_length: int
+    ) -> tuple[list[list[int]], float, list[float]]:
+        """Tokens [batch][output_length], the start [s] and the time of each step [s].
+
+        Raises ValueError when the prompts differ in length or nothing is asked for.
+        """
+        if not prompts or len({len(prompt) for prompt in prompts}) != 1:
+            raise ValueError("a batch needs at least one prompt, all of the same length")
+        if output_length < 1:
+            raise ValueError("output_length must be at least 1")
+        model, device = self.model, next(self.model.parameters()).device
+        ids = torch.as_tensor(prompts, dtype=torch.long)
+        cache = self._new_cache(ids.shape[1] + output_length)
+        steps: list[torch.Tensor] = []
+        times: list[float] = []
+        start = time.perf_counter()
+        ids = ids.to(device)
+        for _ in range(output_length):
+            out = model(
+                input_ids=ids,
+                past_key_values=cache,
+                use_cache=True,
+                **self._last_logit_only,
+            )
+            ids = out.logits[:, -1].argmax(dim=-1, keepdim=True)
+            steps.append(ids.cpu())  # waits for the device: the token is at the caller
+            times.append(time.perf_counter())
+        return torch.cat(steps, dim=1).tolist(), start, times
+
+    def generate(self, prompts: Sequence[Sequence[int]], output_length: int) -> list[RequestSample]:
+        """One sample per prompt; all of a batch share their token times."""
+        _, start, times = self.generate_tokens(prompts, output_length)
+        token_times = tuple(round(moment, _CLOCK_DIGITS) for moment in times)
+        first_id = self._served
+        self._served += len(prompts)
+        return [
+            RequestSample(
+                request_id=str(first_id + index),
+                prompt_tokens=len(prompt),
+                output_tokens=len(token_times),
+                start_s=round(start, _CLOCK_DIGITS),
+                first_token_s=token_times[0],
+                token_times_s=token_times,
+                concurrency=len(prompts),
+            )
+            for index, prompt in enumerate(prompts)
+        ]

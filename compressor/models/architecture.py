@@ -1,0 +1,360 @@
+"""A causal LM opened without its weights, and walked block by block.
+
+The skeleton is transformers' own modelling code on the meta device; weights are put into one
+decoder block at a time. Blocks and linears are found by structure, so most decoder-only families
+work without being named here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor.errors import RunError
+from compressor.models.checkpoint import Checkpoint
+from compressor.models.experts import UnfusedExperts, is_fused
+
+# Siblings that read the same tensor and so share one statistic. A family that names them otherwise
+# only computes a statistic more often than needed.
+_SHARED_INPUT = {
+    "q_proj": "qkv",
+    "k_proj": "qkv",
+    "v_proj": "qkv",
+    "gate_proj": "gate_up",
+    "up_proj": "gate_up",
+}
+# Mixtral's checkpoints (and engines) keep its first names; transformers 5 renames them on loading.
+_MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+@dataclass(frozen=True)
+class LinearRef:
+    """A linear of a block.
+
+    Attributes:
+        name: its key in the checkpoint, without ``.weight``.
+        path: its module path in the model.
+        module: the linear itself.
+        input_group: shared by linears that read the same tensor.
+    """
+
+    name: str
+    path: str
+    module: nn.Linear
+    input_group: str
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What the blocks are called with.
+
+    Attributes:
+        hidden: [batch, length, hidden], input of the first block.
+        calls: positional and keyword arguments of each block besides the hidden states.
+    """
+
+    hidden: torch.Tensor
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+class _Stop(Exception):
+    """Ends a forward pass when the last block has been reached."""
+
+
+class _Catcher(nn.Module):
+    """Stands in for a block: notes its arguments and passes the hidden states on."""
+
+    def __init__(self, block: nn.Module, seen: list[Any], last: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "block", block)  # not a submodule: its weights are not there
+        self.seen = seen
+        self.last = last
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.seen.append((hidden, args, kwargs))
+        if self.last:
+            raise _Stop
+        return hidden
+
+
+class CausalLM:
+    """A model whose weights are still on disk. Make one with `CausalLM.open`.
+
+    Attributes:
+        config: transformers' config, without ``quantization_config``.
+        model: the module tree, parameters on the meta device until loaded.
+        blocks: decoder blocks in order; ``block_names`` are their module paths.
+        checkpoint: the tensors on disk.
+        num_parameters: tied weights counted once.
+    """
+
+    def __init__(self, model: nn.Module, config: Any, checkpoint: Checkpoint) -> None:
+        self.model = model
+        self.config = config
+        self.checkpoint = checkpoint
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        for name, module in list(model.named_modules()):
+            if is_fused(module):
+                with torch.device("meta"):
+                    _set_module(model, name, UnfusedExperts(module))
+        self._list_name, self.blocks = _find_blocks(model)
+        self.block_names = [f"{self._list_name}.{i}" for i in range(len(self.blocks))]
+
+    @classmethod
+    def open(cls, directory: Path, trust_remote_code: bool = False) -> CausalLM:
+        """Build the skeleton from config.json; no weight is read.
+
+        Raises:
+            RunError: transformers does not know the config, or no decoder blocks are found.
+        """
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        checkpoint = Checkpoint(directory)
+        try:
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=trust_remote_code, dtype=torch.float32
+                )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise RunError(
+                f"transformers cannot build this model ({str(error).splitlines()[0]})",
+                where=str(directory / "config.json"),
+                fix="check config.json, or update transformers if the architecture is new",
+            ) from error
+        model.tie_weights()  # placing parameters on meta has cut the ties
+        return cls(model.eval(), config, checkpoint)
+
+    def linears(self, index: int) -> list[LinearRef]:
+        """The linears of a block that can be quantized: experts' too, routers' not."""
+        return [ref for ref, reason in self._linears(index) if reason is None]
+
+    def skipped(self, index: int) -> list[tuple[str, str]]:
+        """(name in the checkpoint, reason) of a block's matrices that stay as they are."""
+        found = [(ref.name, reason) for ref, reason in self._linears(index) if reason]
+        for path, module in self.blocks[index].named_modules():
+            if isinstance(module, nn.Linear):
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim >= 2:
+                    full = _join(self.block_names[index], path, name)
+                    reason = "router" if _is_router(path) else "not a linear"
+                    found.append((self.disk_name(full).removesuffix(".weight"), reason))
+        return found
+
+    def outside_linears(self) -> list[tuple[str, str]]:
+        """(name in the checkpoint, reason) of linears outside the blocks, such as lm_head."""
+        return [
+            (self.disk_name(f"{path}.weight").removesuffix(".weight"), "outside the decoder blocks")
+            for path, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and not path.startswith(f"{self._list_name}.")
+        ]
+
+    def _linears(self, index: int) -> Iterator[tuple[LinearRef, str | None]]:
+        prefix = self.block_names[index]
+        for path, module in self.blocks[index].named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            full = _join(prefix, path)
+            parent, _, leaf = path.rpartition(".")
+            group = _join(prefix, parent, _SHARED_INPUT.get(leaf, leaf))
+            name = self.disk_name(f"{full}.weight").removesuffix(".weight")
+            yield LinearRef(name, full, module, group), "router" if _is_router(path) else None
+
+    def disk_name(self, name: str) -> str:
+        """Key in the checkpoint of a parameter of the model (the name itself if there is none)."""
+        for candidate in self._candidates(name):
+            if self.checkpoint.has(candidate):
+                return candidate
+        # A quantized linear has no .weight on disk (compressed-tensors): look for its scale.
+        for candidate in self._candidates(name):
+            if self.checkpoint.has(candidate.removesuffix(".weight") + ".weight_scale"):
+                return candidate
+        return name
+
+    def _candidates(self, name: str) -> Iterator[str]:
+        prefix = f"{self.model.base_model_prefix}."
+        for base in (name, name.removeprefix(prefix), prefix + name):
+            yield base
+            if ".mlp." in base:
+                moved = base.replace(".mlp.", ".block_sparse_moe.")
+                yield moved
+                match = re.fullmatch(r"(.*\.experts\.\d+\.)(\w+)(\.weight)", moved)
+                if match and match[2] in _MIXTRAL:
+                    yield match[1] + _MIXTRAL[match[2]] + match[3]
+
+    def load_block(self, index: int, device: str | torch.device, dtype: torch.dtype) -> None:
+        """Put a block's weights in place."""
+        self._load(self.block_names[index], self.blocks[index], device, dtype)
+
+    def unload_block(self, index: int) -> None:
+        """Free a block's weights."""
+        for module in self.blocks[index].modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                empty = torch.empty_like(parameter, device="meta")
+                module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+    def embed(self, ids: torch.Tensor) -> BlockInputs:
+        """Run the model's own forward up to its blocks.
+
+        Args:
+            ids: int64 [batch, length]; every batch of that shape has equal block arguments.
+        """
+        for name, parameter in list(self.model.named_parameters()):
+            inside = name.startswith(f"{self._list_name}.")
+            if parameter.is_meta and not inside and self.checkpoint.has(self.disk_name(name)):
+                self._place(name, ids.device, torch.float32)
+        self.model.tie_weights()
+        seen: list[Any] = []
+        holder = self.model.get_submodule(self._list_name)
+        originals = list(holder)
+        last = len(originals) - 1
+        for i, block in enumerate(originals):
+            holder[i] = _Catcher(block, seen, i == last)
+        try:
+            self.model(ids, use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            for i, block in enumerate(originals):
+                holder[i] = block
+        return BlockInputs(seen[0][0], [(args, kwargs) for _, args, kwargs in seen])
+
+    def run_block(self, index: int, hidden: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:
+        """Output [batch, length, hidden] of a loaded block."""
+        args, kwargs = inputs.calls[index]
+        out = self.blocks[index](hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def replace_linear(self, ref: LinearRef, module: nn.Module) -> None:
+        """Put another module in a linear's place."""
+        _set_module(self.model, ref.path, module)
+
+    def load_full(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> nn.Module:
+        """The whole model with every weight that is not there yet; tied weights stay tied."""
+        self._load("", self.model, device, dtype)
+        self.model.tie_weights()
+        missing = [name for name, p in self.model.named_parameters() if p.is_meta]
+        if missing:
+            raise RunError(
+                f"{len(missing)} weights are missing, such as {missing[0]}",
+                where=str(self.checkpoint.directory),
+                fix="the checkpoint does not fit its config.json: download both again",
+            )
+        return self.model.to(device).eval()
+
+    def check_weights(self) -> list[str]:
+        """Notes on tensors that the model does not use.
+
+        Raises:
+            RunError: a weight is missing, has another shape than config.json says, or is not
+                finite.
+        """
+        used = set()
+        state = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            key = self.disk_name(name)
+            if not self.checkpoint.has(key):
+                if name in tied or name not in state:
+                    continue
+                raise RunError(
+                    f"weight {name} is missing",
+                    where=str(self.checkpoint.directory),
+                    fix="the checkpoint does not fit its config.json: download both again",
+                )
+            if self.checkpoint.shape(key) != tuple(parameter.shape):
+                raise RunError(
+                    f"weight {key} is {self.checkpoint.shape(key)}, config.json says "
+                    f"{tuple(parameter.shape)}",
+                    where=str(self.checkpoint.directory),
+                    fix="the checkpoint does not fit its config.json: download both again",
+                )
+            used.add(key)
+        used |= {self.disk_name(name) for name in dict(self.model.named_buffers())}
+        for key in used & set(self.checkpoint.names):
+            value = self.checkpoint.tensor(key)
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise RunError(
+                    f"weight {key} holds NaN or infinite values",
+                    where=str(self.checkpoint.directory),
+                    fix="the checkpoint is damaged: download it again",
+                )
+        surplus = sorted(set(self.checkpoint.names) - used)
+        if not surplus:
+            return []
+        shown = ", ".join(surplus[:3]) + (", ..." if len(surplus) > 3 else "")
+        return [f"{len(surplus)} tensors of the source are not used by the model: {shown}"]
+
+    def _load(
+        self, prefix: str, root: nn.Module, device: str | torch.device, dtype: torch.dtype
+    ) -> None:
+        for name, parameter in list(root.named_parameters(remove_duplicate=False)):
+            full = _join(prefix, name)
+            if parameter.is_meta and self.checkpoint.has(self.disk_name(full)):
+                self._place(full, device, dtype)
+        for name, buffer in list(root.named_buffers()):
+            full = _join(prefix, name)
+            key = self.disk_name(full)
+            if self.checkpoint.has(key) and self.checkpoint.shape(key) == tuple(buffer.shape):
+                buffer.copy_(self.checkpoint.tensor(key))
+
+    def _place(self, name: str, device: str | torch.device, dtype: torch.dtype) -> None:
+        path, _, leaf = name.rpartition(".")
+        value = self.checkpoint.tensor(self.disk_name(name), dtype).to(device)
+        owner = self.model.get_submodule(path)
+        if value.shape != owner._parameters[leaf].shape:
+            raise RunError(
+                f"weight {name} is {tuple(value.shape)}, config.json says "
+                f"{tuple(owner._parameters[leaf].shape)}",
+                where=str(self.checkpoint.directory),
+                fix="the checkpoint does not fit its config.json: download both again",
+            )
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def _find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """The list of same-class modules that holds the most parameters: the decoder blocks."""
+    best: tuple[int, str, list[nn.Module]] = (0, "", [])
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and not isinstance(module, UnfusedExperts):
+            children = list(module)
+            size = sum(p.numel() for p in module.parameters())
+            if len({type(child) for child in children}) == 1 and size > best[0]:
+                best = (size, name, children)
+    if not best[2]:
+        raise RunError(
+            "no decoder blocks were found",
+            where=type(model).__name__,
+            fix="only models with a list of equal decoder blocks can be compressed",
+        )
+    return best[1], best[2]
+
+
+def _is_router(path: str) -> bool:
+    """Whether a module of a block decides which experts run (or how much one counts)."""
+    return path.rpartition(".")[2] in {"gate", "router", "shared_expert_gate"}
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,172 @@
+"""Safetensors checkpoints read tensor by tensor and written shard by shard.
+
+Format: https://huggingface.co/docs/safetensors; sharded ones carry ``model.safetensors.index.json``
+with a ``weight_map`` from tensor to file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from compressor.errors import RunError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+class Checkpoint:
+    """The tensors of a directory, read one at a time.
+
+    Args:
+        directory: holds ``model.safetensors``, or shards with their index.
+
+    Raises:
+        RunError: no safetensors there, a shard missing, or a header that cannot be read.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._facts: dict[str, tuple[str, list[int], torch.dtype]] = {}
+        self._open: dict[str, Any] = {}
+        for file in self._shards():
+            handle = self._handle(file)
+            for name in handle.keys():  # noqa: SIM118 (not a dict)
+                part = handle.get_slice(name)
+                dtype = _DTYPES.get(part.get_dtype())
+                if dtype is None:
+                    raise RunError(
+                        f"tensor {name} has the unknown dtype {part.get_dtype()}",
+                        where=str(directory / file),
+                        fix="convert the checkpoint to bfloat16, float16 or float32",
+                    )
+                self._facts[name] = (file, part.get_shape(), dtype)
+
+    def _shards(self) -> list[str]:
+        index = self.directory / INDEX
+        if index.is_file():
+            try:
+                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise RunError("not a shard index", where=str(index), fix="download it again") from error
+        else:
+            files = [SINGLE]
+        for file in files:
+            if not (self.directory / file).is_file() or Path(file).name != file:
+                raise RunError(
+                    "the weights are not there",
+                    where=str(self.directory / file),
+                    fix="give a directory with safetensors, or download the missing shard",
+                )
+        return files
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(self.directory / file, "pt")
+            except (SafetensorError, OSError) as error:
+                raise RunError(
+                    f"cannot be read as safetensors ({error})",
+                    where=str(self.directory / file),
+                    fix="download it again: it is cut short or altered",
+                ) from error
+        return self._open[file]
+
+    @property
+    def names(self) -> list[str]:
+        """Tensor names, sorted."""
+        return sorted(self._facts)
+
+    def has(self, name: str) -> bool:
+        return name in self._facts
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._facts[name][1])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._facts[name][2]
+
+    def numel(self, name: str) -> int:
+        return math.prod(self._facts[name][1])
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.numel(name) * self.dtype(name).itemsize for name in self._facts)
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One tensor in memory of its own (aligned, so that results never depend on where in the
+        file it lay), converted to ``dtype`` when given."""
+        value = self._handle(self._facts[name][0]).get_tensor(name)
+        return value.clone() if dtype is None or dtype == value.dtype else value.to(dtype)
+
+
+class TensorWriter:
+    """Writes tensors as they come, with one shard in memory; equal input gives equal bytes.
+
+    Args:
+        directory: must exist.
+        max_shard_bytes: a shard is closed before it would grow beyond this.
+    """
+
+    def __init__(self, directory: Path, max_shard_bytes: int) -> None:
+        self.directory = directory
+        self.max_shard_bytes = max_shard_bytes
+        self._shard: dict[str, torch.Tensor] = {}
+        self._bytes = 0
+        self._total = 0
+        self._written: list[list[str]] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._shard and self._bytes + size > self.max_shard_bytes:
+            self._flush()
+        self._shard[name] = tensor.contiguous()
+        self._bytes += size
+        self._total += size
+
+    def close(self) -> None:
+        """Write what is left, name the shards ``model-0000i-of-0000n`` and write the index."""
+        if self._shard or not self._written:
+            self._flush()
+        count = len(self._written)
+        if count == 1:
+            os.replace(self._part(0), self.directory / SINGLE)
+            return
+        weight_map = {}
+        for i, names in enumerate(self._written):
+            file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            os.replace(self._part(i), self.directory / file)
+            weight_map.update(dict.fromkeys(names, file))
+        index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (self.directory / INDEX).write_text(text, encoding="utf-8")
+
+    def _part(self, i: int) -> Path:
+        return self.directory / f"part-{i:05d}.tmp"
+
+    def _flush(self) -> None:
+        save_file(self._shard, self._part(len(self._written)), metadata={"format": "pt"})
+        self._written.append(sorted(self._shard))
+        self._shard = {}
+        self._bytes = 0

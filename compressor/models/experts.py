@@ -1,0 +1,69 @@
+"""Fused experts of transformers 5, taken apart into linears.
+
+transformers 5 holds all experts of a layer in one 3-D parameter (``gate_up_proj`` [E, 2I, H],
+``down_proj`` [E, H, I]), which no quantizer of linears sees. Checkpoints on disk, and engines, have
+one matrix per expert: `UnfusedExperts` computes the same from those.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Expert(nn.Module):
+    """One gated feed-forward: down(act(gate(x)) * up(x))."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+
+class UnfusedExperts(nn.ModuleList):
+    """Experts as a list, called as transformers calls the fused module.
+
+    Args:
+        fused: the module to stand in for, with ``gate_up_proj``, ``down_proj`` and ``act_fn``.
+    """
+
+    def __init__(self, fused: nn.Module) -> None:
+        count, double, hidden = fused.gate_up_proj.shape
+        super().__init__(Expert(hidden, double // 2) for _ in range(count))
+        self.act_fn = fused.act_fn
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted sum of each token's experts.
+
+        Args:
+            hidden_states: [tokens, hidden].
+            top_k_index: int64 [tokens, k], chosen experts.
+            top_k_weights: [tokens, k], their weights.
+        """
+        result = torch.zeros_like(hidden_states)
+        for index, expert in enumerate(self):
+            token, position = torch.where(top_k_index == index)
+            if not len(token):
+                continue
+            x = hidden_states[token]
+            y = expert.down_proj(self.act_fn(expert.gate_proj(x)) * expert.up_proj(x))
+            y = y * top_k_weights[token, position, None]
+            result.index_add_(0, token, y.to(result.dtype))
+        return result
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module holds fused gated experts of the layout that is taken apart here."""
+    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    return (
+        isinstance(gate_up, nn.Parameter)
+        and isinstance(down, nn.Parameter)
+        and gate_up.ndim == down.ndim == 3
+        and gate_up.shape[1] == 2 * down.shape[2]
+        and gate_up.shape[2] == down.shape[1]
+        and hasattr(module, "act_fn")
+        and getattr(module, "gate_up_proj_bias", None) is None
+    )

@@ -1,0 +1,1 @@
+"""Integer grids, schemes, packing and low-bit linears; nothing here knows of models."""

@@ -1,0 +1,129 @@
+"""Fit an integer grid to weights, and round to it.
+
+Symmetric grids use the whole signed range, with ``scale = absmax / ((2^b - 1) / 2)``, as
+compressed-tensors' ``calculate_qparams`` does; asymmetric grids always contain zero.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from compressor.numerics.quantized import QuantizedTensor
+from compressor.numerics.scheme import WeightScheme
+
+Observer = Literal["minmax", "mse"]
+_SHRINK_STEPS = 20
+_SHRINK_TO = 0.6
+_NORM = 2.4  # the exponent of GPTQ's own clip search, between absolute and squared error
+
+
+def fit_grid(
+    weight: torch.Tensor,
+    scheme: WeightScheme,
+    observer: Observer = "minmax",
+    scale_dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and zero point of every group of a weight.
+
+    Args:
+        weight: float32 [out, in].
+        scheme: the grid.
+        observer: ``minmax`` spans all weights of the group; ``mse`` tries ranges down to 60% of
+            that and keeps the one with the least error.
+        scale_dtype: dtype that scales will be stored in; they are rounded to it here, so that the
+            codes chosen afterwards fit the stored scales.
+
+    Returns:
+        scale float32 [out, groups], zero_point int8 [out, groups] or None.
+
+    Raises:
+        ValueError: group_size does not divide the columns.
+    """
+    groups = scheme.groups(weight.shape[1])
+    if scheme.strategy == "tensor":
+        scale, zero = _fit(weight.reshape(1, 1, -1), scheme, observer, scale_dtype)
+        scale = scale.expand(weight.shape[0], 1).contiguous()
+        return scale, None if zero is None else zero.expand(weight.shape[0], 1).contiguous()
+    return _fit(weight.reshape(weight.shape[0], groups, -1), scheme, observer, scale_dtype)
+
+
+def _fit(
+    x: torch.Tensor, scheme: WeightScheme, observer: Observer, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    low = x.amin(-1).clamp_max(0.0)
+    high = x.amax(-1).clamp_min(0.0)
+    best = _qparams(low, high, scheme, scale_dtype)
+    if observer == "mse":
+        error = _error(x, *best, scheme)
+        for step in range(1, _SHRINK_STEPS + 1):
+            factor = 1 - (1 - _SHRINK_TO) * step / _SHRINK_STEPS
+            trial = _qparams(low * factor, high * factor, scheme, scale_dtype)
+            trial_error = _error(x, *trial, scheme)
+            better = trial_error < error
+            error = torch.where(better, trial_error, error)
+            best = (
+                torch.where(better, trial[0], best[0]),
+                None if best[1] is None else torch.where(better, trial[1], best[1]),  # type: ignore[arg-type]
+            )
+    return best
+
+
+def _qparams(
+    low: torch.Tensor, high: torch.Tensor, scheme: WeightScheme, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    steps = (1 << scheme.num_bits) - 1
+    if scheme.symmetric:
+        scale = torch.maximum(-low, high) * (2.0 / steps)
+    else:
+        scale = (high - low) / steps
+    scale = scale.to(scale_dtype).float()
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    if scheme.symmetric:
+        return scale, None
+    zero = torch.round(scheme.minimum - low / scale).clamp(scheme.minimum, scheme.maximum)
+    return scale, zero.to(torch.int8)
+
+
+def _error(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: WeightScheme
+) -> torch.Tensor:
+    step = scale.unsqueeze(-1)
+    offset = 0.0 if zero is None else zero.float().unsqueeze(-1)
+    codes = torch.clamp(torch.round(x / step) + offset, scheme.minimum, scheme.maximum)
+    return ((codes - offset) * step - x).abs_().pow_(_NORM).sum(-1)
+
+
+def round_to_grid(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    scheme: WeightScheme,
+) -> torch.Tensor:
+    """Float codes of weights on per-element (broadcast) scales; ties go to even."""
+    codes = torch.round(weight / scale)
+    if zero_point is not None:
+        codes = codes + zero_point
+    return codes.clamp_(scheme.minimum, scheme.maximum)
+
+
+def quantize(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    scheme: WeightScheme,
+    g_idx: torch.Tensor | None = None,
+) -> QuantizedTensor:
+    """Round a weight [out, in] to the nearest points of its grid."""
+    rows, columns = weight.shape
+    if g_idx is None:
+        shaped = weight.view(rows, scale.shape[1], -1)
+        zero = None if zero_point is None else zero_point.float().unsqueeze(-1)
+        codes = round_to_grid(shaped, scale.unsqueeze(-1), zero, scheme)
+    else:
+        index = g_idx.long()
+        zero = None if zero_point is None else zero_point.float()[:, index]
+        codes = round_to_grid(weight, scale[:, index], zero, scheme)
+    codes = codes.view(rows, columns).to(torch.int8)
+    return QuantizedTensor(codes, scale, zero_point, g_idx, scheme)

@@ -1,0 +1,153 @@
+"""Products with low-bit weights: PyTorch's own CPU kernels, and a dense reference.
+
+- W8A8: ``torch._int_mm`` (int8 x int8 -> int32 through oneDNN, VNNI where the CPU has it).
+- W4A16, groups of 32, 64 or 128: ``aten::_weight_int4pack_mm_for_cpu`` in bfloat16, made for few
+  rows; from `DENSE_ROWS` rows on the weight is dequantized block-wise into a dense product.
+- W8A16: ``torch._weight_int8pack_mm`` in bfloat16, likewise.
+- anything else: dequantized weights.
+
+Activations are rounded as vLLM's dynamic per-token int8 kernels do: scale = absmax / 127, codes in
+[-127, 127] (csrc/quantization/w8a8/int8: ``dynamic_scaled_int8_quant``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from compressor.numerics.quantized import QuantizedTensor
+from compressor.numerics.scheme import ActivationScheme, Scheme
+
+_INT4_GROUPS = (32, 64, 128, 256)
+DENSE_ROWS = 64
+
+
+class Kernel(nn.Module):
+    """A product [n, in] -> [n, out]; ``name`` says how it is computed."""
+
+    name: str
+
+
+class Dequantized(Kernel):
+    """Dense product with the dequantized weight; activations rounded when the scheme says so."""
+
+    def __init__(
+        self, tensor: QuantizedTensor, activations: ActivationScheme | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.name = f"dequantized-{str(dtype).removeprefix('torch.')}"
+        self.activations = activations
+        self.register_buffer("weight", tensor.dequantize(dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.activations is not None:
+            codes, scale = quantize_rows(x)
+            x = (codes.float() * scale).to(x.dtype)
+        return nn.functional.linear(x, self.weight)
+
+
+class Int8Dynamic(Kernel):
+    """int8 weights per channel times int8 activations per row, summed exactly in int32."""
+
+    name = "int8-int_mm"
+
+    def __init__(self, tensor: QuantizedTensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", tensor.codes.t())  # a view: int_mm takes it transposed
+        self.register_buffer("scale", tensor.scale.view(1, -1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        codes, scale = quantize_rows(x)
+        product = torch._int_mm(codes, self.codes)
+        return product.float().mul_(scale).mul_(self.scale).to(x.dtype)
+
+
+class Int4Packed(Kernel):
+    """4-bit weights with a scale per group, bfloat16 activations.
+
+    The kernel computes (code - 8) * scale + zero with unsigned codes; a zero point goes into
+    ``zero``. Columns of an activation-ordered weight are sorted by group once, inputs each time.
+    """
+
+    name = "int4-int4pack_mm"
+
+    def __init__(self, tensor: QuantizedTensor) -> None:
+        super().__init__()
+        codes, order = tensor.codes, None
+        if tensor.g_idx is not None:
+            order = torch.argsort(tensor.g_idx, stable=True)
+            codes = codes[:, order]
+        self.group_size = codes.shape[1] // tensor.scale.shape[1]
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+            (codes.to(torch.int32) + 8).contiguous(), 1
+        )
+        zero = torch.zeros_like(tensor.scale)
+        if tensor.zero_point is not None:
+            zero = -tensor.zero_point.float() * tensor.scale
+        table = torch.stack([tensor.scale, zero], dim=-1).transpose(0, 1).contiguous()
+        self.register_buffer("packed", packed)
+        self.register_buffer("scales_and_zeros", table.to(torch.bfloat16))  # [groups, out, 2]
+        self.register_buffer("order", order)
+        self.register_buffer("codes", codes.contiguous())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.order is not None:
+            x = x[:, self.order]
+        if len(x) >= DENSE_ROWS:
+            return nn.functional.linear(x, self._dense())
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x, self.packed, self.group_size, self.scales_and_zeros
+        )
+
+    def _dense(self) -> torch.Tensor:
+        table = self.scales_and_zeros.transpose(0, 1).contiguous()
+        rows, columns = self.codes.shape
+        groups = self.codes.view(rows, -1, self.group_size).to(torch.bfloat16)
+        weight = torch.addcmul(table[..., 1:], groups, table[..., :1])
+        return weight.view(rows, columns)
+
+
+class Int8WeightOnly(Kernel):
+    """int8 weights per channel, bfloat16 activations."""
+
+    name = "int8-int8pack_mm"
+
+    def __init__(self, tensor: QuantizedTensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", tensor.codes)
+        self.register_buffer("scale", tensor.scale.view(-1).to(torch.bfloat16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) >= DENSE_ROWS:
+            return nn.functional.linear(x, self.codes.to(x.dtype)) * self.scale
+        return torch._weight_int8pack_mm(x, self.codes, self.scale)
+
+
+def select(tensor: QuantizedTensor, scheme: Scheme, dtype: torch.dtype) -> Kernel | None:
+    """The low-bit kernel of this device for a weight, or None when it has none.
+
+    Weight-only kernels compute in bfloat16 and so need activations in it.
+    """
+    if tensor.codes.device.type != "cpu":
+        return None
+    weights, activations = scheme.weights, scheme.input_activations
+    channel = weights.strategy == "channel" and weights.symmetric
+    if weights.num_bits == 8 and channel and activations is not None and activations.dynamic:
+        return Int8Dynamic(tensor)
+    if activations is not None or dtype != torch.bfloat16:
+        return None
+    out, columns = tensor.codes.shape
+    if weights.num_bits == 8 and channel:
+        return Int8WeightOnly(tensor)
+    group_size = columns // tensor.scale.shape[1]
+    if weights.num_bits == 4 and group_size in _INT4_GROUPS and out % 16 == 0:
+        return Int4Packed(tensor)
+    return None
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes [n, in] and float32 scale [n, 1] of activations, symmetric per row."""
+    values = x.float()
+    scale = values.abs().amax(-1, keepdim=True).div_(127.0)
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return torch.round(values / safe).to(torch.int8), scale

@@ -1,0 +1,79 @@
+"""A weight held as integer codes and scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from compressor.numerics.scheme import WeightScheme
+
+
+@dataclass
+class QuantizedTensor:
+    """Weight [out, in] as ``(codes - zero_point) * scale``.
+
+    Attributes:
+        codes: int8 [out, in], in [-2^(b-1), 2^(b-1) - 1].
+        scale: float32 [out, groups].
+        zero_point: int8 [out, groups] on the codes' own offset; None when symmetric.
+        g_idx: int32 [in], the group of each column; None when groups are contiguous.
+        scheme: the grid.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    g_idx: torch.Tensor | None
+    scheme: WeightScheme
+
+    def validate(self) -> None:
+        """Raise ValueError when shapes, dtypes or codes contradict the scheme."""
+        out, columns = self.codes.shape
+        groups = self.scheme.groups(columns)
+        if self.codes.dtype != torch.int8:
+            raise ValueError(f"codes are {self.codes.dtype}, not int8")
+        if tuple(self.scale.shape) != (out, groups):
+            raise ValueError(f"scale is {tuple(self.scale.shape)}, not {(out, groups)}")
+        if not bool(torch.isfinite(self.scale).all()):
+            raise ValueError("scales are not finite")
+        if (self.zero_point is None) != self.scheme.symmetric:
+            raise ValueError("a zero point is stored exactly when the grid is asymmetric")
+        low, high = int(self.codes.min()), int(self.codes.max())
+        if low < self.scheme.minimum or high > self.scheme.maximum:
+            raise ValueError(f"codes reach from {low} to {high}, beyond {self.scheme.num_bits} bits")
+        if self.g_idx is not None and int(self.g_idx.max()) >= groups:
+            raise ValueError("g_idx names a group that does not exist")
+
+    def column_groups(self) -> torch.Tensor:
+        """int64 [in]: the group of each column."""
+        if self.g_idx is not None:
+            return self.g_idx.long()
+        columns, groups = self.codes.shape[1], self.scale.shape[1]
+        return torch.arange(columns, device=self.codes.device) // (columns // groups)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight [out, in] that the codes stand for."""
+        return dequantize(self.codes, self.scale, self.zero_point, self.g_idx, dtype)
+
+
+def dequantize(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    g_idx: torch.Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """``(codes - zero_point) * scale`` with per-group scales spread over their columns."""
+    rows, columns = codes.shape
+    groups = scale.shape[1]
+    if g_idx is not None:
+        index = g_idx.long()
+        shifted = codes.float()
+        if zero_point is not None:
+            shifted = shifted - zero_point.float()[:, index]
+        return (shifted * scale[:, index]).to(dtype)
+    shifted = codes.float().view(rows, groups, columns // groups)
+    if zero_point is not None:
+        shifted = shifted - zero_point.float().unsqueeze(-1)
+    return (shifted * scale.unsqueeze(-1)).view(rows, columns).to(dtype)

@@ -1,0 +1,115 @@
+"""What is stored in how many bits, on which grid."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+DEFAULT_GROUP_SIZE = 128
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """Grid of a weight [out, in].
+
+    Attributes:
+        num_bits: 2 to 8.
+        symmetric: zero is code 0 and no zero point is stored.
+        strategy: one scale per tensor, per output channel, or per group of input columns.
+        group_size: columns per group, for strategy ``group``.
+    """
+
+    num_bits: int
+    symmetric: bool = True
+    strategy: Literal["tensor", "channel", "group"] = "channel"
+    group_size: int | None = None
+
+    @property
+    def minimum(self) -> int:
+        return -(1 << (self.num_bits - 1))
+
+    @property
+    def maximum(self) -> int:
+        return (1 << (self.num_bits - 1)) - 1
+
+    def groups(self, in_features: int) -> int:
+        """Number of scales per output row.
+
+        Raises:
+            ValueError: group_size does not divide the number of columns.
+        """
+        if self.strategy != "group":
+            return 1
+        assert self.group_size is not None
+        if in_features % self.group_size:
+            raise ValueError(
+                f"group_size {self.group_size} does not divide the {in_features} input features"
+            )
+        return in_features // self.group_size
+
+
+@dataclass(frozen=True)
+class ActivationScheme:
+    """Grid of a linear's input: one scale per token (row), or one for the tensor."""
+
+    num_bits: int = 8
+    symmetric: bool = True
+    strategy: Literal["token", "tensor"] = "token"
+    dynamic: bool = True
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Weights and input activations of a linear; ``name`` in the usual form, such as W4A16."""
+
+    name: str
+    weights: WeightScheme
+    input_activations: ActivationScheme | None = None
+
+    @classmethod
+    def parse(
+        cls, name: str, group_size: int | None = None, symmetric: bool = True
+    ) -> Scheme:
+        """From a name W{2,3,4,8}A{16,8}.
+
+        Args:
+            name: such as ``W8A8`` or ``W4A16``.
+            group_size: input columns per scale; -1 for one scale per output channel; None for
+                the default (channel for 8-bit weights, groups of 128 below).
+            symmetric: of the weights' grid.
+
+        Raises:
+            ValueError: the name is not of that form, or the group size is not positive.
+        """
+        match = re.fullmatch(r"W([2348])A(16|8)", name)
+        if not match:
+            raise ValueError(f"unknown scheme {name!r}: write W{{2,3,4,8}}A{{16,8}}, such as W4A16")
+        bits, activation_bits = int(match[1]), int(match[2])
+        if group_size is None and bits < 8:
+            group_size = DEFAULT_GROUP_SIZE
+        if group_size is not None and group_size != -1 and group_size < 1:
+            raise ValueError(f"group_size is {group_size}: it must be positive, or -1 for channels")
+        grouped = group_size not in (None, -1)
+        return cls(
+            name,
+            WeightScheme(
+                bits,
+                symmetric,
+                "group" if grouped else "channel",
+                group_size if grouped else None,
+            ),
+            ActivationScheme() if activation_bits == 8 else None,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Scheme:
+        activations = value["input_activations"]
+        return cls(
+            value["name"],
+            WeightScheme(**value["weights"]),
+            ActivationScheme(**activations) if activations else None,
+        )

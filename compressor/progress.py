@@ -1,0 +1,133 @@
+"""Progress of long work: a live bar with time left, lines in a log, or nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichBar
+
+LOG_SECONDS = 10.0
+
+
+class Task(Protocol):
+    """One piece of work under way."""
+
+    def advance(self, n: int = 1, /) -> None:
+        """Count ``n`` more steps as done."""
+
+    def update(self, *, note: str) -> None:
+        """Show a note beside the bar."""
+
+
+class Progress(Protocol):
+    """Where work reports how far it is."""
+
+    def task(self, description: str, total: int | None, /) -> AbstractContextManager[Task]:
+        """Open a task of ``total`` steps (None when that is not known)."""
+
+
+class _Silent:
+    def advance(self, n: int = 1, /) -> None:
+        return
+
+    def update(self, *, note: str) -> None:
+        return
+
+
+class SilentProgress:
+    """Reports nothing."""
+
+    @contextmanager
+    def task(self, description: str, total: int | None, /) -> Iterator[Task]:
+        yield _Silent()
+
+
+class _Logged:
+    def __init__(self, console: Console, description: str, total: int | None) -> None:
+        self.console, self.description, self.total = console, description, total
+        self.done, self.note = 0, ""
+        self.started = self.printed = time.monotonic()
+
+    def advance(self, n: int = 1, /) -> None:
+        self.done += n
+        now = time.monotonic()
+        if now - self.printed < LOG_SECONDS:
+            return
+        self.printed = now
+        line = f"{self.description}: {self.done}"
+        if self.total:
+            left = (now - self.started) / max(self.done, 1) * (self.total - self.done)
+            line += f"/{self.total}, {left:.0f} s left"
+        self.console.print(f"{line}  {self.note}".rstrip(), markup=False, highlight=False)
+
+    def update(self, *, note: str) -> None:
+        self.note = note
+
+
+class LogProgress:
+    """A line when a task begins and ends, and every ten seconds between."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextmanager
+    def task(self, description: str, total: int | None, /) -> Iterator[Task]:
+        started = time.monotonic()
+        self.console.print(f"{description} ...", markup=False, highlight=False)
+        yield _Logged(self.console, description, total)
+        seconds = time.monotonic() - started
+        self.console.print(f"{description}: {seconds:.1f} s", markup=False, highlight=False)
+
+
+class _Bar:
+    def __init__(self, bar: RichBar, task: int) -> None:
+        self.bar, self.id = bar, task
+
+    def advance(self, n: int = 1, /) -> None:
+        self.bar.advance(self.id, n)  # type: ignore[arg-type]
+
+    def update(self, *, note: str) -> None:
+        self.bar.update(self.id, note=note)  # type: ignore[arg-type]
+
+
+class RichProgress:
+    """A live bar with time elapsed and time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextmanager
+    def task(self, description: str, total: int | None, /) -> Iterator[Task]:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+        )
+        with RichBar(*columns, console=self.console) as bar:
+            yield _Bar(bar, bar.add_task(description, total=total, note=""))
+
+
+def make_progress(quiet: bool = False, console: Console | None = None) -> Progress:
+    """Nothing when quiet, a live bar in a terminal, log lines elsewhere."""
+    if quiet:
+        return SilentProgress()
+    console = console or Console(file=sys.stderr)
+    return RichProgress(console) if console.is_terminal else LogProgress(console)

@@ -1,0 +1,195 @@
+"""GPTQ: round columns one by one, spreading each one's error over those still to come.
+
+Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization for Generative
+Pre-trained Transformers", arXiv 2210.17323. With H the Hessian of the layer's output error and U
+the upper Cholesky factor of its inverse, column i is rounded, its error divided by U[i, i], and
+that times U[i, i+1:] is taken from the columns to its right (algorithm 1). Columns right of the
+current block of ``block_size`` get their updates in one matrix product.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from compressor.numerics import grid
+from compressor.numerics.quantized import QuantizedTensor
+from compressor.numerics.scheme import Scheme
+from compressor.quantize.registry import SchemeOptions, WeightResult, register, relative_error
+from compressor.quantize.rtn import RTN
+
+_MAX_DAMP = 10.0
+
+
+class GPTQOptions(SchemeOptions):
+    """Options of GPTQ."""
+
+    desc_act: bool = Field(
+        False,
+        description="Round columns in the order of falling activation energy. Better quality at "
+        "low bits; without static_groups engines need an index per column (g_idx), which is slower.",
+    )
+    static_groups: bool = Field(
+        True,
+        description="Fix every group's scale from the original weights before rounding, so that "
+        "desc_act keeps groups contiguous and costs nothing when served. Only with desc_act.",
+    )
+    block_size: int = Field(128, ge=1, description="Columns between two lazy batch updates.")
+    damp: float = Field(
+        0.01,
+        gt=0,
+        le=1,
+        description="Share of the mean diagonal added to the Hessian; grown tenfold, layer by "
+        "layer, where the Cholesky factorisation fails.",
+    )
+
+
+@register("gptq")
+class GPTQ:
+    """GPTQ quantizer.
+
+    Args:
+        options: see `GPTQOptions`.
+        scale_dtype: dtype that scales are stored in.
+    """
+
+    Options: ClassVar[type[GPTQOptions]] = GPTQOptions
+    kind: ClassVar[str] = "weights"
+    needs_hessian: ClassVar[bool] = True
+
+    def __init__(self, options: GPTQOptions, scale_dtype: torch.dtype = torch.float32) -> None:
+        self.options = options
+        self.scale_dtype = scale_dtype
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.options.parsed()
+
+    def quantize(self, weight: torch.Tensor, hessian: torch.Tensor | None) -> WeightResult:
+        """Quantize one linear.
+
+        Args:
+            weight: float32 [out, in].
+            hessian: float32 [in, in], 2/n sum x x^T of its inputs.
+
+        Returns:
+            The codes, or round-to-nearest's where those give the lower output error.
+
+        Raises:
+            ValueError: no Hessian, non-finite values, or group_size does not divide ``in``.
+        """
+        if hessian is None:
+            raise ValueError("GPTQ needs the Hessian of the layer's input")
+        if not bool(torch.isfinite(hessian).all()):
+            raise ValueError("the layer's input held NaN or infinite values during calibration")
+        rtn = RTN(
+            SchemeOptions(**self.options.model_dump(include=set(SchemeOptions.model_fields))),
+            self.scale_dtype,
+        ).quantize(weight, hessian)
+        order = None
+        if self.options.desc_act:
+            order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
+        factor, damp = inverse_factor(hessian if order is None else hessian[order][:, order], self.options.damp)
+        tensor = self._round(weight, factor, order)
+        error = relative_error(weight, tensor.dequantize(), hessian)
+        if error > rtn.error:
+            return WeightResult(rtn.tensor, rtn.error, rtn.error, fallback=True, damp=damp)
+        return WeightResult(tensor, error, rtn.error, damp=damp)
+
+    def _round(
+        self, weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor | None
+    ) -> QuantizedTensor:
+        scheme = self.scheme.weights
+        rows, columns = weight.shape
+        groups = scheme.groups(columns)
+        width = columns // groups
+        permuted = weight if order is None else weight[:, order]
+        left = permuted.T.contiguous()  # [in, out]: a column of the weight is a contiguous row
+        codes = torch.empty_like(left)
+        fixed = order is not None and self.options.static_groups or scheme.strategy != "group"
+        scale = torch.empty(rows, groups, device=weight.device)
+        zero = None if scheme.symmetric else torch.empty(rows, groups, device=weight.device)
+        if fixed:
+            found, found_zero = self._fit(weight)
+            scale.copy_(found)
+            if zero is not None and found_zero is not None:
+                zero.copy_(found_zero)
+        for start in range(0, columns, self.options.block_size):
+            stop = min(start + self.options.block_size, columns)
+            block = left[start:stop].clone()
+            errors = torch.empty_like(block)
+            local = factor[start:stop, start:stop]
+            for i in range(stop - start):
+                column = start + i
+                group = column // width
+                if fixed and order is not None:
+                    group = int(order[column]) // width
+                elif not fixed and column % width == 0:
+                    # The group's grid comes from its weights as they stand now, those beyond this
+                    # block (which have not had this block's updates yet) brought up to date first.
+                    ahead = left[column : column + width].clone()
+                    inside = min(column + width, stop) - column
+                    ahead[:inside] = block[i : i + inside]
+                    if inside < width and i:
+                        ahead[inside:] -= factor[start:column, stop : column + width].T @ errors[:i]
+                    one, one_zero = self._fit(ahead.T.contiguous(), whole=True)
+                    scale[:, group] = one[:, 0]
+                    if zero is not None and one_zero is not None:
+                        zero[:, group] = one_zero[:, 0].float()
+                step = scale[:, group]
+                offset = None if zero is None else zero[:, group]
+                code = grid.round_to_grid(block[i], step, offset, scheme)
+                codes[column] = code
+                value = (code if offset is None else code - offset) * step
+                errors[i] = (block[i] - value) / local[i, i]
+                if i + 1 < stop - start:
+                    block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
+            if stop < columns:
+                left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        result = codes.T.to(torch.int8)
+        g_idx = None
+        if order is not None:
+            unsorted = torch.empty_like(order)
+            unsorted[order] = torch.arange(columns, device=order.device)
+            result = result[:, unsorted]
+            if not fixed:
+                g_idx = (unsorted // width).to(torch.int32)
+        return QuantizedTensor(
+            result.contiguous(), scale, None if zero is None else zero.to(torch.int8), g_idx, scheme
+        )
+
+    def _fit(
+        self, weight: torch.Tensor, whole: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        scheme = self.scheme
+        if whole:  # one group by itself
+            scheme = Scheme.parse(scheme.name, -1, self.options.symmetric)
+        return grid.fit_grid(weight, scheme.weights, self.options.observer, self.scale_dtype)
+
+
+def inverse_factor(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:
+    """Upper Cholesky factor U of H^-1 (H^-1 = U^T U), and the damping that it took.
+
+    Inputs that were always zero get a unit diagonal: their column is rounded by itself.
+
+    Raises:
+        ValueError: H cannot be made positive definite.
+    """
+    work = hessian.clone()
+    diagonal = torch.diagonal(work)
+    dead = diagonal <= 0
+    mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.tensor(1.0)
+    diagonal[dead] = mean
+    while damp <= _MAX_DAMP:
+        damped = work.clone()
+        torch.diagonal(damped).add_(damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not int(failed):
+                return upper, damp
+        damp *= 10
+    raise ValueError("the Hessian cannot be factorised even with heavy damping")

@@ -1,0 +1,140 @@
+"""Algorithms by name, from this package and from others (entry points).
+
+A third party adds an algorithm by naming its class under the entry point group
+``compressor.algorithms``; nothing here has to change.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from compressor.numerics.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from compressor.numerics.quantized import QuantizedTensor
+
+ENTRY_POINT_GROUP = "compressor.algorithms"
+_BUILT_IN = ("rtn", "gptq")
+_REGISTRY: dict[str, type[Algorithm]] = {}
+
+
+class SchemeOptions(BaseModel):
+    """Options that every weight quantizer has."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    scheme: str = Field(
+        "W4A16", description="Bits of weights and activations: W{2,3,4,8}A{16,8}, such as W4A16."
+    )
+    group_size: int | None = Field(
+        None,
+        description="Input columns that share a scale; -1 for one scale per output channel. "
+        "Default: one per channel for 8-bit weights, 128 below.",
+    )
+    symmetric: bool = Field(
+        True, description="Symmetric grid (no zero point). Engines are fastest with it."
+    )
+    observer: Literal["minmax", "mse"] = Field(
+        "minmax",
+        description="How a group's range is chosen: minmax spans every weight, mse searches the "
+        "range with the least error.",
+    )
+
+    @model_validator(mode="after")
+    def _check_scheme(self) -> SchemeOptions:
+        self.parsed()
+        return self
+
+    def parsed(self) -> Scheme:
+        """The scheme that these options describe."""
+        return Scheme.parse(self.scheme, self.group_size, self.symmetric)
+
+
+@dataclass
+class WeightResult:
+    """One quantized weight.
+
+    Attributes:
+        tensor: codes and scales.
+        error: relative output error tr(E H E^T) / tr(W H W^T), E = quantized - W; with the
+            identity for H when there are no statistics.
+        rtn_error: the same for round-to-nearest.
+        fallback: the algorithm did worse than round-to-nearest, whose result this is.
+        damp: share of the Hessian's mean diagonal that was added to it; None without Hessian.
+    """
+
+    tensor: QuantizedTensor
+    error: float
+    rtn_error: float
+    fallback: bool = False
+    damp: float | None = None
+
+
+class Algorithm(Protocol):
+    """A weight quantizer: ``Options`` are its settings in a recipe."""
+
+    Options: ClassVar[type[BaseModel]]
+    kind: ClassVar[str]
+    needs_hessian: ClassVar[bool]
+
+    def __init__(self, options: Any, scale_dtype: torch.dtype) -> None: ...
+
+    @property
+    def scheme(self) -> Scheme: ...
+
+    def quantize(self, weight: torch.Tensor, hessian: torch.Tensor | None) -> WeightResult: ...
+
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def register(name: str) -> Callable[[_Class], _Class]:
+    """Class decorator that makes an algorithm known under ``name``."""
+
+    def add(cls: _Class) -> _Class:
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+@functools.cache
+def _discover() -> None:
+    for name in _BUILT_IN:
+        importlib.import_module(f"compressor.quantize.{name}")
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        _REGISTRY.setdefault(point.name, point.load())
+
+
+def names() -> list[str]:
+    """Names of all algorithms."""
+    _discover()
+    return sorted(_REGISTRY)
+
+
+def get(name: str) -> type[Algorithm]:
+    """The algorithm of that name; KeyError when there is none."""
+    _discover()
+    return _REGISTRY[name]
+
+
+def relative_error(
+    weight: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor | None
+) -> float:
+    """tr(E H E^T) / tr(W H W^T) for E = approximation - weight; H defaults to the identity."""
+    difference = approximation - weight
+    if hessian is None:
+        error, scale = difference.square().sum(), weight.square().sum()
+    else:
+        error = ((difference @ hessian) * difference).sum()
+        scale = ((weight @ hessian) * weight).sum()
+    return float(error.clamp_min(0.0) / scale.clamp_min(1e-30))

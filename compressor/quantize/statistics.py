@@ -1,0 +1,47 @@
+"""Second moments of a linear's input, the Hessian of its output error."""
+
+from __future__ import annotations
+
+import torch
+
+_LEAF = 256
+
+
+class HessianAccumulator:
+    """Sums x x^T over tokens; only the upper triangle is computed.
+
+    Args:
+        in_features: width of the input.
+        device: where the sum is held (float32).
+    """
+
+    def __init__(self, in_features: int, device: str | torch.device = "cpu") -> None:
+        self.tokens = 0
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    def update(self, x: torch.Tensor) -> None:
+        """Add inputs [..., in_features] of any float dtype."""
+        flat = x.detach().reshape(-1, x.shape[-1]).to(self._sum.device, torch.float32)
+        if len(flat):
+            self.tokens += len(flat)
+            _add_upper(self._sum, flat)
+
+    def result(self) -> torch.Tensor:
+        """H = 2/n sum x x^T, float32 [in, in]; zeros when no token was seen."""
+        upper = torch.triu(self._sum)
+        whole = upper + torch.triu(upper, 1).T
+        return whole.mul_(2.0 / max(self.tokens, 1))
+
+
+def _add_upper(into: torch.Tensor, x: torch.Tensor) -> None:
+    """into += x^T x on the upper triangle's blocks: halves on the diagonal recurse, the half
+    beside them is one product, and the half below is never computed (a rank-n BLAS SYRK)."""
+    width = x.shape[1]
+    if width <= _LEAF:
+        into.addmm_(x.T, x)
+        return
+    half = width // 2
+    left, right = x[:, :half], x[:, half:]
+    _add_upper(into[:half, :half], left)
+    _add_upper(into[half:, half:], right)
+    into[:half, half:].addmm_(left.T, right)

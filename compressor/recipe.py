@@ -1,0 +1,481 @@
+"""The recipe: what to compress, how, and how to judge it.
+
+A recipe is YAML, validated by pydantic. Every problem is reported with its file and line, and an
+unknown key with the nearest valid one; all problems of a file are reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
+
+from compressor.errors import RecipeError
+from compressor.quantize import registry
+
+MAX_RECIPE_BYTES = 1_000_000
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Model(_Section):
+    """The model to compress."""
+
+    source: str = Field(
+        min_length=1,
+        description="Hub id (org/name), directory, .gguf file, or package:NAME/FILE.gguf for a file "
+        "inside an installed Python package. Paths are relative to the recipe.",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Dtype of the baseline's weights. auto: as stored; bfloat16 for a GGUF file.",
+    )
+    trust_remote_code: bool = Field(
+        False, description="Let Python code that comes with the checkpoint run."
+    )
+    allow_pickle: bool = Field(
+        False, description="Accept pickled weights (.bin), which can run code when loaded."
+    )
+
+
+class TextSource(_Section):
+    """Where texts come from."""
+
+    source: str = Field(
+        min_length=1,
+        description="builtin:calibration, builtin:novel, builtin:web; a .txt, .jsonl, .json or "
+        ".parquet file relative to the recipe; or a data set on the Hub.",
+    )
+    split: str | None = Field(None, description="Split of a Hub data set; train when not given.")
+    field: str = Field("text", description="Column that holds the text, or a list of messages.")
+
+
+class Calibration(TextSource):
+    """Text that statistics are collected on. Never evaluate on it."""
+
+    samples: int = Field(128, ge=1, description="Number of windows.")
+    length: int = Field(512, ge=8, description="Tokens per window.")
+    seed: int = Field(0, ge=0, description="Seed of the choice of windows.")
+    batch_size: int = Field(8, ge=1, description="Windows per forward pass.")
+
+
+class Step(_Section):
+    """One algorithm with its options; exactly one key, the algorithm's name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {value: {}}
+        if isinstance(value, dict):
+            return {k: {} if v is None else v for k, v in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _one_algorithm(self) -> Step:
+        if len(self.model_fields_set) != 1:
+            raise ValueError("each step names exactly one algorithm")
+        return self
+
+    @property
+    def algorithm(self) -> str:
+        return next(iter(self.model_fields_set))
+
+    @property
+    def options(self) -> BaseModel:
+        return cast(BaseModel, getattr(self, self.algorithm))
+
+    @property
+    def needs_hessian(self) -> bool:
+        return registry.get(self.algorithm).needs_hessian
+
+    def dump(self) -> dict[str, Any]:
+        """``{algorithm: options}`` with every default filled in."""
+        return {self.algorithm: self.options.model_dump(mode="json")}
+
+
+class Variant(_Section):
+    """One way to compress the model."""
+
+    quantize: list[Step] = Field(
+        min_length=1,
+        max_length=1,
+        description="Algorithms in the order in which they are applied, each `name: {options}`.",
+    )
+    ignore: list[str] = Field(
+        default_factory=list,
+        description="Linears to leave as they are: names in the checkpoint, or regular expressions "
+        "that match the whole name.",
+    )
+
+    @field_validator("ignore")
+    @classmethod
+    def _compiles(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return patterns
+
+
+class EvaluationText(TextSource):
+    """A held-out text."""
+
+    name: Name = Field(description="How the report calls it.")
+    max_tokens: int = Field(16384, ge=16, description="Tokens to use from its beginning.")
+
+
+class Evaluate(_Section):
+    """Quality: perplexity, KL divergence and top-1 agreement against the baseline."""
+
+    texts: list[EvaluationText] = Field(min_length=1, description="Held-out texts.")
+    length: int = Field(512, ge=8, description="Tokens per window.")
+    batch_size: int = Field(4, ge=1, description="Windows per forward pass.")
+
+    @field_validator("texts")
+    @classmethod
+    def _distinct(cls, texts: list[EvaluationText]) -> list[EvaluationText]:
+        names = [text.name for text in texts]
+        if len(set(names)) != len(names):
+            raise ValueError("two texts have the same name")
+        return texts
+
+
+class SLO(_Section):
+    """Service level objective; only requests inside it count as goodput."""
+
+    ttft_ms: float | None = Field(None, gt=0, description="Time to first token, milliseconds.")
+    tpot_ms: float | None = Field(None, gt=0, description="Time per output token, milliseconds.")
+
+
+class Workload(_Section):
+    """The load that every variant is put under."""
+
+    prompts: str = Field(
+        "builtin:prompts",
+        description="Prompts: builtin:prompts, a file with a `prompt` column, or a Hub data set.",
+    )
+    input_length: int = Field(128, ge=1, description="Tokens per prompt.")
+    output_length: int = Field(64, ge=2, description="Tokens generated per request.")
+    concurrency: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=lambda: [1, 4], min_length=1, description="Requests at the same time."
+    )
+    requests: int = Field(16, ge=1, description="Requests per point and variant, over all rounds.")
+    rounds: int = Field(4, ge=2, description="How often the variants take turns.")
+    seed: int = Field(0, ge=0, description="Seed of the choice of prompts.")
+    slo: SLO = Field(default_factory=SLO, description="Service level objective.")
+
+
+class Prices(_Section):
+    """Prices; each overrides the table that comes with the package."""
+
+    device: str | None = Field(None, description="Row of the price table; found when not given.")
+    usd_per_hour: float | None = Field(None, ge=0, description="Rental of the device, USD/h.")
+    host_usd_per_hour: float | None = Field(None, ge=0, description="Rental of its host, USD/h.")
+    purchase_usd: float | None = Field(None, ge=0, description="Purchase instead of rental, USD.")
+    residual_usd: float | None = Field(None, ge=0, description="Value at the end of life, USD.")
+    life_hours: float | None = Field(None, gt=0, description="Hours of life after purchase.")
+    watts: float | None = Field(None, ge=0, description="Declared power under load, W.")
+    electricity_usd_per_kwh: float | None = Field(None, ge=0, description="Electricity, USD/kWh.")
+    pue: float | None = Field(None, ge=1, description="Power usage effectiveness.")
+    utilisation: float | None = Field(
+        None, gt=0, le=1, description="Share of paid hours in which the device serves."
+    )
+    storage_usd_per_gb_month: float | None = Field(None, ge=0, description="Storage, USD/GB-month.")
+    egress_usd_per_gb: float | None = Field(None, ge=0, description="Network egress, USD/GB.")
+    egress_bytes_per_token: float | None = Field(None, ge=0, description="Bytes sent per token.")
+
+
+class Measure(_Section):
+    """Speed and cost on this device."""
+
+    engine: Literal["transformers"] = Field("transformers", description="Engine that serves.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Activations' dtype; auto takes the faster one for each variant."
+    )
+    workload: Workload = Field(default_factory=Workload, description="The load.")
+    prices: Prices = Field(default_factory=Prices, description="Prices.")
+
+
+class Recipe(_Section):
+    """A whole recipe."""
+
+    version: Literal[1] = Field(description="Version of the recipe format: 1.")
+    name: Name = Field("", validate_default=False, description="Name of the run; the file's stem.")
+    model: Model = Field(description="The model to compress.")
+    calibration: Calibration | None = Field(
+        None, description="Calibration text; needed by gptq, not by rtn."
+    )
+    variants: dict[Name, Variant] = Field(
+        min_length=1, description="Named ways to compress the model, compared with the baseline."
+    )
+    evaluate: Evaluate | None = Field(None, description="Quality; left out when absent.")
+    measure: Measure | None = Field(None, description="Speed and cost; left out when absent.")
+    export: list[Literal["compressed-tensors"]] = Field(
+        default_factory=lambda: ["compressed-tensors"],
+        min_length=1,
+        description="Formats that artifacts are written in.",
+    )
+    output: str = Field("runs", description="Directory of runs, relative to the recipe.")
+    store: str = Field(
+        ".compressor", description="Directory of finished stages, relative to the recipe."
+    )
+    path: Path = Field(Path(), exclude=True, json_schema_extra={"internal": True})
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if "baseline" in self.variants:
+            raise ValueError("`baseline` is always there: give the variant another name")
+        for name, variant in self.variants.items():
+            if self.calibration is None and any(step.needs_hessian for step in variant.quantize):
+                raise ValueError(f"variant {name!r} needs a `calibration:` section")
+        return self
+
+    @property
+    def base_dir(self) -> Path:
+        """Directory that relative paths start from."""
+        return self.path.parent
+
+    @property
+    def output_dir(self) -> Path:
+        return self.base_dir / self.output
+
+    @property
+    def store_dir(self) -> Path:
+        return self.base_dir / self.store
+
+    def lock(self) -> dict[str, Any]:
+        """Every resolved value, defaults included, as plain data."""
+        value = self.model_dump(mode="json")
+        for name, variant in self.variants.items():
+            value["variants"][name]["quantize"] = [step.dump() for step in variant.quantize]
+        return value
+
+
+@functools.cache
+def recipe_model() -> type[Recipe]:
+    """`Recipe` with a key for every algorithm that is installed, third parties' included."""
+    options: dict[str, Any] = {
+        name: (
+            registry.get(name).Options | None,
+            Field(None, description=(registry.get(name).__doc__ or name).strip().splitlines()[0]),
+        )
+        for name in registry.names()
+    }
+    step = create_model("Step", __base__=Step, **options)
+    variant = create_model(
+        "Variant", __base__=Variant, quantize=(list[step], Variant.model_fields["quantize"])  # type: ignore[valid-type]
+    )
+    return create_model(
+        "Recipe",
+        __base__=Recipe,
+        variants=(dict[Name, variant], Recipe.model_fields["variants"]),  # type: ignore[valid-type]
+    )
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and validate a recipe.
+
+    Raises:
+        RecipeError: naming every problem of the file with its line.
+    """
+    root = _compose(path)
+    value = _plain(root, path)
+    if not isinstance(value, dict):
+        raise RecipeError(
+            "a recipe is a mapping of keys to values",
+            where=str(path),
+            fix="start with `version: 1` and `model:`; `compress init MODEL` writes one",
+        )
+    model = recipe_model()
+    try:
+        recipe = model.model_validate({"name": path.stem, **value, "path": path.resolve()})
+    except ValidationError as error:
+        raise _explain(error, root, path, model) from None
+    return recipe
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a recipe, for editors."""
+    schema = recipe_model().model_json_schema()
+    schema["properties"].pop("path")
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "compressor recipe"
+    return schema
+
+
+def _compose(path: Path) -> yaml.Node:
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise RecipeError("the file is too large for a recipe", where=str(path), fix="check it")
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, _yaml_files(path.parent), 1)
+        hint = f"did you mean {path.with_name(near[0])}?" if near else "`compress init MODEL` writes one"
+        raise RecipeError("there is no such recipe", where=str(path), fix=hint) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"the file is not UTF-8 (byte {error.start})", where=str(path), fix="save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise RecipeError(
+            f"cannot be read ({error.strerror})", where=str(path), fix="give a recipe file"
+        ) from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise RecipeError(
+            f"not valid YAML: {error.problem or error.context}",
+            where=f"{path}{line}",
+            fix="check indentation (spaces, not tabs), colons and quotes around this line",
+        ) from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError(f"not valid YAML: {detail}", where=str(path), fix="mend it") from None
+    if node is None:
+        raise RecipeError("the file is empty", where=str(path), fix="`compress init MODEL` writes one")
+    return node
+
+
+def _yaml_files(directory: Path) -> list[str]:
+    return [p.name for p in directory.glob("*.y*ml")] if directory.is_dir() else []
+
+
+def _plain(node: yaml.Node, path: Path) -> Any:
+    """The node's value, built by the safe loader; refuses aliases, tags and doubled keys."""
+    seen: set[int] = set()
+
+    def check(item: yaml.Node, depth: int) -> None:
+        where = f"{path}:{item.start_mark.line + 1}"
+        if id(item) in seen:
+            raise RecipeError("YAML aliases (*) are not used in recipes", where=where, fix="write it out")
+        if depth > 20:
+            raise RecipeError("nested too deeply", where=where, fix="no recipe needs this")
+        seen.add(id(item))
+        if isinstance(item, yaml.MappingNode):
+            keys: dict[str, int] = {}
+            for key, value in item.value:
+                line = key.start_mark.line + 1
+                if not isinstance(key, yaml.ScalarNode):
+                    raise RecipeError("a key must be plain text", where=f"{path}:{line}", fix="mend it")
+                if key.value in keys:
+                    raise RecipeError(
+                        f"key {key.value!r} is there twice (first on line {keys[key.value]})",
+                        where=f"{path}:{line}",
+                        fix="remove one of the two",
+                    )
+                keys[key.value] = line
+                check(key, depth + 1)
+                check(value, depth + 1)
+        elif isinstance(item, yaml.SequenceNode):
+            for value in item.value:
+                check(value, depth + 1)
+
+    check(node, 0)
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_document(node)
+    except (yaml.MarkedYAMLError, ValueError, TypeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise RecipeError(
+            f"not a plain value: {problem}", where=f"{path}{line}", fix="use text, numbers and lists"
+        ) from None
+
+
+def _explain(
+    error: ValidationError, root: yaml.Node, path: Path, model: type[BaseModel]
+) -> RecipeError:
+    lines = []
+    for problem in error.errors():
+        loc = problem["loc"]
+        key = ".".join(str(part) for part in loc if part != "[key]") or "recipe"
+        line = _line(root, loc)
+        if problem["type"] == "extra_forbidden":
+            valid = _valid_keys(model, loc[:-1])
+            near = difflib.get_close_matches(str(loc[-1]), valid, 1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
+            text = f"unknown key {loc[-1]!r}; {hint}"
+        elif problem["type"] == "missing":
+            text = f"{key} is missing"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            given = problem["input"]
+            shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) else ""
+            text = f"{key}: {message[:1].lower() + message[1:]}{shown}"
+        lines.append((line, f"{path}:{line}: {text}"))
+    lines.sort()
+    where, _, first = lines[0][1].partition(": ")
+    rest = "".join(f"\n{text}" for _, text in lines[1:])
+    return RecipeError(first + rest, where=where, fix="every key is described in docs/recipe.md")
+
+
+def _line(root: yaml.Node, loc: tuple[int | str, ...]) -> int:
+    """Line (from 1) of the node at a location, or of its nearest parent that exists."""
+    node, line = root, root.start_mark.line + 1
+    for part in loc:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == str(part):
+                    node, line = value, key.start_mark.line + 1
+                    break
+            else:
+                break
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _valid_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Keys that may stand at a location."""
+    current: Any = model
+    for part in loc:
+        if isinstance(part, int):
+            current = next(_models(current), current)
+        elif isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields:
+            current = current.model_fields[part].annotation
+        else:  # a key of a mapping such as `variants`
+            current = next(_models(current), current)
+        if not (isinstance(current, type) and issubclass(current, BaseModel)) and not _is_container(current):
+            current = next(_models(current), current)
+    if isinstance(current, type) and issubclass(current, BaseModel):
+        return [name for name in current.model_fields if name != "path"]
+    return []
+
+
+def _is_container(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", None) in (dict, list)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Pydantic models inside an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models(argument)

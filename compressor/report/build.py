@@ -1,0 +1,123 @@
+"""Assemble the report dict from the stages' results and check it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from compressor.errors import RunError
+from compressor.report.model import SCHEMA_VERSION, ReportModel
+from compressor.report.verdict import QUALITY_LIMIT, make_verdict
+
+
+def validate_report(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report in normal form (every key present, plain JSON types); RunError if it is wrong."""
+    try:
+        return ReportModel.model_validate(report).model_dump(mode="json")
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:8]
+        )
+        raise RunError(
+            f"the report's figures do not fit its schema ({error.error_count()} problems): "
+            f"{problems}",
+            where="report",
+            fix="the report was written by another version or altered; run the recipe again",
+        ) from error
+
+
+def _fill_changes(variants: Sequence[dict[str, Any]], baseline: str) -> None:
+    """Perplexity change against the baseline on the same text, where the caller left it out."""
+    reference = {
+        row["text"]: row["perplexity"]
+        for variant in variants
+        if variant["name"] == baseline
+        for row in variant.get("quality", [])
+    }
+    for variant in variants:
+        for row in variant.get("quality", []):
+            if row.get("perplexity_change") is None and row["text"] in reference:
+                row["perplexity_change"] = row["perplexity"] / reference[row["text"]] - 1
+
+
+def build_report(
+    *,
+    recipe: Mapping[str, Any],
+    created: str,
+    compressor_version: str,
+    command: str,
+    environment: Mapping[str, Any],
+    model: Mapping[str, Any],
+    variants: Sequence[Mapping[str, Any]],
+    calibration: Mapping[str, Any] | None = None,
+    measured: Mapping[str, Any] | None = None,
+    stages: Sequence[Mapping[str, Any]] = (),
+    notes: Sequence[str] = (),
+    baseline: str = "baseline",
+    title: str | None = None,
+    quality_limit: float = QUALITY_LIMIT,
+) -> dict[str, Any]:
+    """The checked report dict (see `model.ReportModel`), ready for `write.write_report`.
+
+    Args:
+        variants: baseline first; dicts as in `model.Variant`, without `performance`.
+        measured: result of `measure.runner.measure`; its rows are put into the variants, and a
+            variant that failed there keeps its quality figures and gets a note.
+        created: ISO 8601 time.
+        quality_limit: perplexity growth that the verdict accepts as equal quality.
+
+    Raises RunError naming each key at fault.
+    """
+    rows = [copy.deepcopy(dict(variant)) for variant in variants]
+    all_notes = list(notes)
+    if measured:
+        for row in rows:
+            row["performance"] = copy.deepcopy(measured["performance"].get(row["name"], []))
+        all_notes += measured["notes"]
+        all_notes += [
+            f"{name} could not be measured: {message}"
+            for name, message in sorted(measured["errors"].items())
+        ]
+    _fill_changes(rows, baseline)
+    name = recipe["name"]
+    report: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "title": title or f"{name}: quality and cost of compression",
+        "created": created,
+        "compressor_version": compressor_version,
+        "command": command,
+        "recipe": dict(recipe),
+        "environment": dict(environment),
+        "model": dict(model),
+        "calibration": dict(calibration) if calibration else None,
+        "baseline": baseline,
+        "variants": rows,
+        "verdict": {
+            "outcome": "unmeasured",
+            "sentence": "",
+            "details": [],
+            "best_variant": None,
+            "concurrency": None,
+            "quality_limit": quality_limit,
+        },
+        "prices": dict(measured["prices"]) if measured else None,
+        "workload": _workload(measured) if measured else None,
+        "stages": [dict(stage) for stage in stages],
+        "notes": all_notes,
+    }
+    report = validate_report(report)
+    report["verdict"] = make_verdict(report, quality_limit)
+    return validate_report(report)
+
+
+def _workload(measured: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **measured["workload"],
+        "probes": measured["probes"],
+        "engines": measured["engines"],
+        "samples": measured["samples"],
+        "seconds": measured["seconds"],
+    }

@@ -1,0 +1,58 @@
+"""The report as GitHub-flavoured Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from compressor.report import tables
+
+
+def escape(text: str) -> str:
+    """Text that Markdown shows as it is: no markup, no HTML, no table breaks."""
+    text = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", text)
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _cell(text: str) -> str:
+    first, *rest = text.split("\n")
+    return escape(first) + "".join(f" ({escape(part)})" for part in rest)
+
+
+def table_markdown(table: tables.Table) -> str:
+    """A pipe table with its note, figures to the right."""
+    count = len(table.headers)
+    align = ["---" if index < table.text_columns else "---:" for index in range(count)]
+    lines = [
+        "| " + " | ".join(escape(header) for header in table.headers) + " |",
+        "| " + " | ".join(align) + " |",
+    ]
+    for index, row in enumerate(table.rows):
+        cells = [_cell(cell).replace("\r", " ") for cell in row]
+        if index == table.marked:
+            cells[0] = f"**{cells[0]}**"
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + (f"\n\n{escape(table.note)}" if table.note else "")
+
+
+def render_markdown(report: Mapping[str, Any], caption: str | None) -> str:
+    """The whole page; `caption` is the plot's, None when there is no plot."""
+    verdict = report["verdict"]
+    title = escape(report["title"].replace("\n", " "))
+    parts = [f"# {title}", f"**{escape(verdict['sentence'])}**"]
+    if verdict["details"]:
+        parts.append("\n".join(f"- {escape(' '.join(d.split()))}" for d in verdict["details"]))
+    parts.append(table_markdown(tables.summary(report)))
+    if caption:
+        parts += ["![Quality against cost](quality_cost.svg)", f"*{escape(caption)}*"]
+    for table in tables.body(report):
+        parts += [f"## {escape(table.title)}", table_markdown(table)]
+    assumptions = (report["prices"] or {}).get("assumptions") or []
+    if notes := [*report["notes"], *assumptions]:
+        listed = "\n".join(f"- {escape(' '.join(note.split()))}" for note in notes)
+        parts += ["## Notes and assumptions", listed]
+    parts.append("## Provenance")
+    for table in tables.provenance(report):
+        parts += [f"### {escape(table.title)}", table_markdown(table)]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,234 @@
+"""The report's data model: what `report.json` holds, checked before anything is written."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION: Literal[1] = 1
+
+
+class Strict(BaseModel):
+    """Unknown keys are an error; NaN and infinities are not JSON and not figures."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Interval(Strict):
+    """A figure with its 95% confidence interval; bounds are null where there is none."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Percentiles(Strict):
+    """Percentiles over requests."""
+
+    p50: float | None
+    p90: float | None
+    p99: float | None
+
+
+class RecipeFacts(Strict):
+    """Which recipe was run."""
+
+    name: str
+    sha256: str | None = None
+
+
+class ModelFacts(Strict):
+    """The full-precision model."""
+
+    source: str
+    revision: str | None = None
+    architecture: str | None = None
+    parameters: int | None = None
+    size_bytes: int | None = None
+    license: str | None = None
+
+
+class Calibration(Strict):
+    """The calibration data; tokens = samples x length."""
+
+    source: str
+    samples: int | None = None
+    length: int | None = None
+    seed: int | None = None
+    tokens: int | None = None
+    sha256: str | None = None
+    split: str | None = None
+
+
+class Skipped(Strict):
+    """A linear layer left in full precision, and why."""
+
+    name: str
+    reason: str
+
+
+class Coverage(Strict):
+    """How much of the model was quantized; `share` = quantized / total parameters."""
+
+    total_parameters: int
+    quantized_parameters: int
+    share: float
+    skipped: list[Skipped] = []
+
+
+class LayerError(Strict):
+    """Relative output error of one layer; `rtn_error` is plain rounding's on the same grid."""
+
+    name: str
+    error: float | None
+    rtn_error: float | None = None
+    fallback: bool = False
+
+
+class Quantization(Strict):
+    """How the quantization went."""
+
+    seconds: float | None = None
+    peak_rss_bytes: int | None = None
+    layers: list[LayerError] = []
+
+
+class Quality(Strict):
+    """Quality on one held-out text.
+
+    `perplexity_change` is the ratio to the baseline's perplexity minus 1, `perplexity_ci` its 95%
+    confidence interval; KL divergence (nats per token) and top-1 agreement are against the
+    baseline.
+    """
+
+    text: str
+    tokens: int | None = None
+    perplexity: float
+    perplexity_change: float | None = None
+    perplexity_ci: tuple[float, float] | None = None
+    bits_per_byte: float | None = None
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    top1_agreement: float | None = None
+
+
+class Performance(Strict):
+    """Speed and cost of one variant at one concurrency; the unit is in each name.
+
+    `cost_ratio` is the baseline's cost / the variant's: above 1 the variant is cheaper. Costs rest
+    on goodput: tokens of requests inside the service level objective, prefill time included.
+    """
+
+    concurrency: int
+    engine: str
+    kernel: str
+    dtype: str
+    requests: int
+    throughput_tok_s: Interval
+    ttft_ms: Percentiles
+    tpot_ms: Percentiles
+    cost_usd_per_mtok_output: Interval | None
+    cost_ratio: Interval | None
+    components_usd_per_hour: dict[str, float]
+    rounds: int | None = None
+    window_seconds: float | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    goodput_tok_s: Interval | None = None
+    goal_met_share: float | None = None
+    prefill_tok_s: float | None = None
+    decode_tok_s: float | None = None
+    speedup: Interval | None = None
+    cost_usd_per_mtok_prefill: float | None = None
+    cost_usd_per_mtok_decode: float | None = None
+
+
+class ArtifactFile(Strict):
+    """One file of an exported directory."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+class Artifact(Strict):
+    """One exported directory."""
+
+    format: str
+    path: str
+    size_bytes: int
+    sha256: str | None = None
+    files: list[ArtifactFile] = []
+
+
+class Variant(Strict):
+    """One variant; a failed one has `error` and whatever was known before it failed."""
+
+    name: str
+    status: Literal["ok", "failed"]
+    error: str | None = None
+    algorithm: str | None = None
+    scheme: str | None = None
+    group_size: int | None = None
+    size_bytes: int | None = None
+    coverage: Coverage | None = None
+    quantization: Quantization | None = None
+    quality: list[Quality] = []
+    performance: list[Performance] = []
+    artifacts: list[Artifact] = []
+
+
+class Stage(Strict):
+    """One stage of the run; a cached one was taken from the store."""
+
+    name: str
+    kind: str
+    variant: str | None = None
+    key: str | None = None
+    seconds: float | None = None
+    cached: bool = False
+    peak_rss_bytes: int | None = None
+
+
+class Verdict(Strict):
+    """The finding in words, computed from the figures.
+
+    `outcome`: ``gain`` some variant is certainly cheaper within the quality limit; ``trade-off``
+    some variant is cheaper, none within the limit; ``no-gain`` none is certainly cheaper;
+    ``unmeasured`` quality or cost is missing; ``failed`` no variant succeeded.
+    """
+
+    outcome: Literal["gain", "trade-off", "no-gain", "unmeasured", "failed"]
+    sentence: str
+    details: list[str]
+    best_variant: str | None
+    concurrency: int | None
+    quality_limit: float
+
+
+class ReportModel(Strict):
+    """The whole report."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    title: str
+    created: str
+    compressor_version: str
+    command: str
+    recipe: RecipeFacts
+    environment: dict[str, Any]
+    model: ModelFacts
+    calibration: Calibration | None
+    baseline: str
+    variants: list[Variant] = Field(min_length=1)
+    verdict: Verdict
+    prices: dict[str, Any] | None
+    workload: dict[str, Any] | None
+    stages: list[Stage]
+    notes: list[str]
+
+
+def report_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of `report.json`."""
+    schema = ReportModel.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,0 +1,31 @@
+"""The closing table of a run in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from compressor.report import tables
+
+
+def closing_table(report: Mapping[str, Any]) -> Table:
+    """The summary as a rich table; names are shown as they are, never as markup."""
+    summary = tables.summary(report)
+    table = Table(header_style="bold", pad_edge=False)
+    for index, header in enumerate(summary.headers):
+        right = index >= summary.text_columns
+        table.add_column(Text(header), justify="right" if right else "left", no_wrap=index == 0)
+    failed = {v["name"] for v in report["variants"] if v["status"] != "ok"}
+    for index, row in enumerate(summary.rows):
+        style = "red" if row[0] in failed else "bold green" if index == summary.marked else ""
+        table.add_row(*(Text(cell) for cell in row), style=style)
+    return table
+
+
+def closing(report: Mapping[str, Any]) -> RenderableType:
+    """The table with the verdict sentence under it."""
+    return Group(closing_table(report), Text(report["verdict"]["sentence"], style="bold"))

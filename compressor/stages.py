@@ -1,0 +1,345 @@
+"""What each kind of stage does: a function of its settings and inputs that fills a directory.
+
+Heavy modules are imported inside the functions, so that a run whose stages are all in the store
+never loads torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.errors import RunError
+from compressor.plan import Stage
+from compressor.progress import Progress
+from compressor.store import StoredStage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compressor.numerics.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage function gets.
+
+    Attributes:
+        stage: its place in the plan, with settings (``config``) and machine-local values.
+        inputs: finished stages by name.
+        directory: to be filled; may hold what a killed attempt left.
+        progress: where to report.
+    """
+
+    stage: Stage
+    inputs: dict[str, StoredStage]
+    directory: Path
+    progress: Progress
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.stage.config
+
+    def find(self, kind: str, variant: str | None = None) -> StoredStage | None:
+        """The input stage of that kind (and variant), if there is one."""
+        for stored in self.inputs.values():
+            manifest = stored.manifest
+            if manifest["kind"] == kind and (variant is None or manifest["variant"] == variant):
+                return stored
+        return None
+
+    def need(self, kind: str, variant: str | None = None) -> StoredStage:
+        found = self.find(kind, variant)
+        assert found is not None, f"{self.stage.name} was planned without a {kind} stage"
+        return found
+
+    @property
+    def model_dir(self) -> Path:
+        return model_dir(self.need("load"))
+
+
+def model_dir(load: StoredStage) -> Path:
+    """Checkpoint directory that a load stage made, or the untouched one it refers to."""
+    referred = load.result["path"]
+    path = Path(referred) if referred else load.path / "checkpoint"
+    if not (path / "config.json").is_file():
+        raise RunError("the model's directory is gone", where=str(path), fix="put it back")
+    return path
+
+
+def load(context: Context) -> dict[str, Any]:
+    """Materialise the model as safetensors where it is in another form."""
+    from compressor.models.architecture import CausalLM
+    from compressor.models.source import materialise
+
+    resolved = context.stage.local["resolved"]
+    dtype = context.config["dtype"]
+    with context.progress.task("load model", None):
+        path = materialise(resolved, context.directory / "checkpoint", dtype=dtype)
+        model = CausalLM.open(path, trust_remote_code=resolved.trust_remote_code)
+        problems = model.check_weights()
+    size = sum(p.stat().st_size for p in path.glob("*.safetensors"))
+    return {
+        "path": None if path.is_relative_to(context.directory) else str(path),
+        "source": resolved.source,
+        "revision": resolved.revision,
+        "architecture": type(model.model).__name__,
+        "parameters": model.num_parameters,
+        "size_bytes": size,
+        "dtype": str(model.config.dtype).removeprefix("torch."),
+        "notes": problems,
+    }
+
+
+def calibrate(context: Context) -> dict[str, Any]:
+    """Tokenise and pack the calibration text."""
+    import numpy as np
+
+    from compressor.data.sources import load_texts
+    from compressor.data.tokens import pack_tokens, tokens_sha256
+
+    c = context.config
+    tokenizer = _tokenizer(context)
+    texts = load_texts(
+        c["source"],
+        split=c["split"],
+        field=c["field"],
+        base_dir=context.stage.local["base_dir"],
+        tokenizer=tokenizer,
+    )
+    tokens = pack_tokens(texts, tokenizer, c["samples"], c["length"], c["seed"])
+    np.save(context.directory / "tokens.npy", tokens)
+    facts = {key: c[key] for key in ("source", "samples", "length", "seed")}
+    return {**facts, "tokens": int(tokens.size), "sha256": tokens_sha256(tokens)}
+
+
+def texts(context: Context) -> dict[str, Any]:
+    """Tokenise the held-out texts into windows."""
+    import numpy as np
+
+    from compressor.data.sources import load_texts
+    from compressor.data.tokens import evaluation_windows, tokens_sha256
+
+    tokenizer = _tokenizer(context)
+    found = []
+    for text in context.config["texts"]:
+        loaded = load_texts(
+            text["source"],
+            split=text["split"],
+            field=text["field"],
+            base_dir=context.stage.local["base_dir"],
+            tokenizer=tokenizer,
+        )
+        windows, n_bytes = evaluation_windows(
+            loaded, tokenizer, context.config["length"], text["max_tokens"]
+        )
+        np.save(context.directory / f"{text['name']}.npy", windows)
+        found.append(
+            {
+                "name": text["name"],
+                "source": text["source"],
+                "windows": len(windows),
+                "bytes": n_bytes,
+                "sha256": tokens_sha256(windows),
+            }
+        )
+    return {"texts": found, "length": context.config["length"]}
+
+
+def quantize(context: Context) -> dict[str, Any]:
+    """Quantize every block's linears by the variant's algorithm."""
+    import numpy as np
+    import torch
+
+    from compressor.models.architecture import CausalLM
+    from compressor.quantize.driver import quantize_model
+
+    algorithm = _algorithm(context.config["steps"], _scale_dtype(context.need("load")))
+    calibration = context.find("calibrate")
+    tokens = np.load(calibration.path / "tokens.npy") if calibration else None
+    model = CausalLM.open(context.model_dir)
+    title = f"quantize {context.stage.variant}"
+    with context.progress.task(title, len(model.blocks)) as task:
+
+        def advance(note: str) -> None:
+            task.update(note=note)
+            task.advance(1)
+
+        return quantize_model(
+            model,
+            algorithm,
+            context.directory,
+            tokens=tokens,
+            ignore=context.config["ignore"],
+            batch_size=context.config.get("batch_size", 1),
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            advance=advance,
+        )
+
+
+def export(context: Context) -> dict[str, Any]:
+    """Write one variant in one format, with the hash of every file."""
+    from compressor.export import compressed_tensors as formats
+    from compressor.quantize.driver import iterate_quantized
+
+    load, quantized = context.need("load"), context.find("quantize")
+    # Keys of the inputs identify every setting that made this artifact; times stay out of it.
+    provenance = {
+        "tool": "compressor",
+        "variant": context.config["variant"],
+        "format": context.config["format"],
+        "source": load.result["source"],
+        "revision": load.result["revision"],
+        "stages": {stored.manifest["name"]: stored.key for stored in context.inputs.values()},
+    }
+    target = context.directory / "artifact"
+    with context.progress.task(f"export {context.stage.variant}", None):
+        if quantized is None:
+            formats.export_dense(context.model_dir, provenance, target)
+        else:
+            for stored in (load, quantized):
+                stored.verify()
+            ignore = [entry["name"] for entry in quantized.result["coverage"]["skipped"]]
+            scheme = _scheme(quantized)
+            formats.export(
+                context.model_dir,
+                iterate_quantized(quantized.path, scheme),
+                scheme,
+                ignore,
+                provenance,
+                target,
+            )
+    size = sum(p.stat().st_size for p in target.iterdir())
+    return {"format": context.config["format"], "size_bytes": size}
+
+
+def evaluate(context: Context) -> dict[str, Any]:
+    """Score the baseline, or a variant against the baseline's stored scores."""
+    import numpy as np
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from compressor.evaluate.divergence import Scores, score_baseline, score_variant, summarise
+    from compressor.evaluate.head import split
+    from compressor.models.architecture import CausalLM
+
+    texts, baseline = context.need("texts"), context.find("evaluate")
+    quantized = context.find("quantize")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plain = CausalLM.open(context.model_dir).load_full(torch.float32, device)
+    model = _quantized_model(context.model_dir, quantized, device) if quantized else plain
+    head = split(plain)
+    total = sum(text["windows"] for text in texts.result["texts"])
+    results = []
+    with context.progress.task(f"evaluate {context.stage.variant}", total) as task:
+        for text in texts.result["texts"]:
+            name = text["name"]
+            windows = np.load(texts.path / f"{name}.npy")
+            batch = context.config["batch_size"]
+            if baseline is None:
+                scores, hidden = score_baseline(model, windows, batch, task.advance)
+                save_file({"hidden": hidden}, context.directory / f"{name}.hidden.safetensors")
+                reference = scores
+            else:
+                hidden = load_file(baseline.path / f"{name}.hidden.safetensors")["hidden"]
+                reference = Scores.load(baseline.path / f"{name}.safetensors")
+                scores = score_variant(model, windows, batch, hidden, head, task.advance)
+            scores.save(context.directory / f"{name}.safetensors")
+            results.append({"text": name, **summarise(scores, reference, text["bytes"])})
+    return {"quality": results}
+
+
+def measure(context: Context) -> dict[str, Any]:
+    """Measure every exported variant, interleaved, on the same prompts."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from compressor.data.sources import load_texts
+    from compressor.export import compressed_tensors as formats
+    from compressor.measure import runner
+
+    loaders: dict[str, Callable[[torch.dtype], nn.Module]] = {}
+    for stored in context.inputs.values():
+        if stored.manifest["kind"] != "export":
+            continue
+        stored.verify()
+        directory = stored.path / "artifact"
+
+        def loader(dtype: torch.dtype, directory: Path = directory) -> nn.Module:
+            return formats.load_model(directory, kernel="auto", dtype=dtype)
+
+        loaders.setdefault(stored.manifest["variant"], loader)
+    tokenizer = AutoTokenizer.from_pretrained(context.model_dir)
+    settings = runner.MeasureSettings.from_config(context.config)
+    prompts = load_texts(
+        settings.prompts,
+        field="prompt",
+        base_dir=context.stage.local["base_dir"],
+        tokenizer=tokenizer,
+    )
+    return runner.measure(
+        loaders, tokenizer, prompts, settings, context.directory, context.progress
+    )
+
+
+FUNCTIONS: dict[str, Callable[[Context], dict[str, Any]]] = {
+    "load": load,
+    "calibrate": calibrate,
+    "texts": texts,
+    "quantize": quantize,
+    "export": export,
+    "evaluate": evaluate,
+    "measure": measure,
+}
+
+
+def _tokenizer(context: Context) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(context.model_dir)
+
+
+def _algorithm(steps: list[dict[str, Any]], scale_dtype: Any) -> Any:
+    from compressor.quantize import registry
+
+    ((name, options),) = steps[-1].items()
+    cls = registry.get(name)
+    return cls(cls.Options(**options), scale_dtype=scale_dtype)
+
+
+def _scale_dtype(load: StoredStage) -> Any:
+    import torch
+
+    return getattr(torch, load.result["dtype"])
+
+
+def _scheme(quantized: StoredStage) -> Scheme:
+    from compressor.numerics.scheme import Scheme
+
+    return Scheme.from_dict(quantized.result["scheme"])
+
+
+def _quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn.Module:
+    """The variant as the engine computes it: dequantized weights, activations rounded."""
+    import torch
+
+    from compressor.models.architecture import CausalLM
+    from compressor.numerics.linear import QuantizedLinear
+    from compressor.quantize.driver import iterate_quantized
+
+    scheme = _scheme(quantized)
+    model = CausalLM.open(directory)
+    refs = {ref.name: ref for i in range(len(model.blocks)) for ref in model.linears(i)}
+    for name, tensor in iterate_quantized(quantized.path, scheme):
+        ref = refs[name]
+        bias = model.checkpoint.tensor(f"{name}.bias") if ref.module.bias is not None else None
+        linear = QuantizedLinear.from_tensor(
+            tensor, scheme, bias, kernel="reference", dtype=torch.float32
+        )
+        model.replace_linear(ref, linear)
+    return model.load_full(torch.float32, device)
+
+

@@ -1,0 +1,202 @@
+"""Content-addressed store of finished stages, with crash-safe publishing.
+
+Layout under the store's root::
+
+    objects/<key[:2]>/<key>/   a finished stage: its files and ``stage.json`` (the manifest)
+    partial/<key>/             a stage under way; kept after a kill so that it can resume
+    locks/<key>.lock           advisory lock (``flock``): freed by the kernel when its owner dies
+    file-hashes.json           SHA-256 of source files by (path, size, mtime), so that planning is fast
+
+A stage is published by one atomic rename after every file and the directory were synced to disk:
+a directory under ``objects/`` is whole or it is not there.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import RunError
+
+MANIFEST = "stage.json"
+_CHUNK = 1 << 22
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def content_key(value: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of ``value``."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes, read in 4 MiB pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` holds either the old or the new content, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class StoredStage:
+    """A finished stage: ``path`` holds its files, ``manifest`` what is known of it."""
+
+    key: str
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What the stage's function returned."""
+        return self.manifest["result"]
+
+    def verify(self) -> None:
+        """Compare every file with the manifest; raise `RunError` naming the first that differs."""
+        for entry in self.manifest["files"]:
+            path = self.path / entry["path"]
+            if not path.is_file():
+                problem = "is missing"
+            elif path.stat().st_size != entry["size_bytes"]:
+                problem = f"has {path.stat().st_size} bytes, {entry['size_bytes']} were written"
+            elif file_sha256(path) != entry["sha256"]:
+                problem = "does not have the SHA-256 that was recorded when it was written"
+            else:
+                continue
+            raise RunError(
+                f"stored file {problem}",
+                where=str(path),
+                fix=f"delete {self.path} and run again: that stage alone is made anew",
+            )
+
+
+class Store:
+    """The stages finished so far, by content key.
+
+    Args:
+        root: directory of the store; made when it does not exist.
+
+    Raises:
+        RunError: the directory cannot be made or written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        try:
+            for name in ("objects", "partial", "locks"):
+                (root / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"cannot write the store: {error.strerror}",
+                where=str(root),
+                fix="give another directory with --store",
+            ) from error
+
+    def path(self, key: str) -> Path:
+        return self.root / "objects" / key[:2] / key
+
+    def get(self, key: str) -> StoredStage | None:
+        """The finished stage of that key, or None."""
+        path = self.path(key)
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise RunError(
+                "stored manifest is not JSON",
+                where=str(path / MANIFEST),
+                fix=f"delete {path} and run again",
+            ) from error
+        return StoredStage(key, path, manifest)
+
+    @contextmanager
+    def working(self, key: str) -> Iterator[Path]:
+        """Directory to build stage ``key`` in, under its lock; it survives a kill for resuming."""
+        lock = self.root / "locks" / f"{key}.lock"
+        with open(lock, "a", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                # Another process is making the same stage: wait for it, then use its result.
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            path = self.root / "partial" / key
+            path.mkdir(exist_ok=True)
+            yield path
+
+    def publish(self, key: str, working: Path, manifest: Mapping[str, Any]) -> StoredStage:
+        """Sync ``working`` to disk with its manifest and rename it into place."""
+        files = [
+            {
+                "path": path.relative_to(working).as_posix(),
+                "size_bytes": path.stat().st_size,
+                "sha256": file_sha256(path),
+            }
+            for path in sorted(working.rglob("*"))
+            if path.is_file() and path.name != MANIFEST
+        ]
+        whole = {**manifest, "key": key, "files": files, "finished": time.time()}
+        (working / MANIFEST).write_text(json.dumps(whole, indent=1), encoding="utf-8")
+        for path in working.rglob("*"):
+            _sync(path)
+        _sync(working)
+        final = self.path(key)
+        final.parent.mkdir(exist_ok=True)
+        os.rename(working, final)
+        _sync(final.parent)
+        return StoredStage(key, final, whole)
+
+    def discard_partial(self, key: str) -> None:
+        """Forget what an unfinished stage has written."""
+        shutil.rmtree(self.root / "partial" / key, ignore_errors=True)
+
+    def source_sha256(self, path: Path) -> str:
+        """SHA-256 of a source file, remembered while its size and modification time stay."""
+        index = self.root / "file-hashes.json"
+        try:
+            known = json.loads(index.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            known = {}
+        facts = path.stat()
+        name = str(path.resolve())
+        entry = known.get(name)
+        if entry and entry[:2] == [facts.st_size, facts.st_mtime_ns]:
+            return entry[2]
+        digest = file_sha256(path)
+        known[name] = [facts.st_size, facts.st_mtime_ns, digest]
+        write_atomic(index, json.dumps(known))
+        return digest
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,201 @@
+"""Whole runs on a tiny model: results, resuming after SIGKILL, reuse, and failure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests import tiny
+
+RECIPE: dict[str, Any] = {
+    "version": 1,
+    "model": {"source": "model"},
+    "calibration": {"source": "builtin:calibration", "samples": 8, "length": 64},
+    "variants": {
+        "int8": {"quantize": [{"gptq": {"scheme": "W8A8"}}]},
+        "int4-rtn": {"quantize": [{"rtn": {"scheme": "W4A16", "group_size": 32}}]},
+        "int4": {"quantize": [{"gptq": {"scheme": "W4A16", "group_size": 32}}]},
+    },
+    "evaluate": {"texts": [{"name": "novel", "source": "builtin:novel", "max_tokens": 512}], "length": 64},
+    "export": ["compressed-tensors"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    tiny.build("llama", tmp_path / "model")
+    write(tmp_path, RECIPE)
+    return tmp_path
+
+
+def write(project: Path, recipe: dict[str, Any]) -> Path:
+    path = project / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def compress(project: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "compressor", *(arguments or ("run", "recipe.yaml"))],
+        cwd=project,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def artifacts(project: Path) -> dict[str, str]:
+    (run,) = (project / "runs" / "recipe").iterdir()
+    files = sorted(p for p in (run / "artifacts").rglob("*") if p.is_file())
+    assert files
+    return {
+        p.relative_to(run).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
+    }
+
+
+def report(project: Path) -> dict[str, Any]:
+    newest = max((project / "runs" / "recipe").iterdir(), key=lambda p: p.stat().st_mtime)
+    return json.loads((newest / "report" / "report.json").read_text())
+
+
+def test_run_makes_artifacts_figures_and_reports(project: Path) -> None:
+    done = compress(project)
+    assert done.returncode == 0, done.stderr
+    made = report(project)
+    variants = {v["name"]: v for v in made["variants"]}
+    assert list(variants) == ["baseline", "int8", "int4-rtn", "int4"]
+    assert all(v["status"] == "ok" for v in variants.values())
+    assert variants["baseline"]["quality"][0]["perplexity_change"] == 0
+    assert 0 < variants["int8"]["quality"][0]["kl_mean"] < variants["int4"]["quality"][0]["kl_mean"]
+    assert all(layer["error"] <= layer["rtn_error"] * (1 + 1e-6)
+               for layer in variants["int4"]["quantization"]["layers"])  # fmt: skip
+    assert variants["int4"]["coverage"]["share"] > 0.3
+    assert variants["int4"]["size_bytes"] < variants["baseline"]["size_bytes"]
+    (run,) = (project / "runs" / "recipe").iterdir()
+    for name in ("index.html", "report.md", "report.json"):
+        assert (run / "report" / name).stat().st_size > 500
+    for name in ("recipe.lock.yaml", "plan.json", "environment.json", "log.jsonl"):
+        assert (run / name).exists()
+    for variant in variants:
+        directory = run / "artifacts" / variant / "compressed-tensors"
+        check = subprocess.run(
+            ["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=directory, capture_output=True
+        )
+        assert check.returncode == 0
+        listed = {line.split("  ")[1] for line in (directory / "SHA256SUMS").read_text().split("\n") if line}
+        assert listed == {p.name for p in directory.iterdir()} - {"SHA256SUMS"}
+
+
+def test_second_run_does_no_work_and_changed_evaluation_requantizes_nothing(project: Path) -> None:
+    assert compress(project).returncode == 0
+    first = artifacts(project)
+    assert compress(project).returncode == 0
+    assert all(stage["cached"] for stage in report(project)["stages"])
+    assert artifacts(project) == first
+
+    changed = json.loads(json.dumps(RECIPE))
+    changed["evaluate"]["texts"][0]["max_tokens"] = 256
+    write(project, changed)
+    assert compress(project).returncode == 0
+    cached = {stage["name"]: stage["cached"] for stage in report(project)["stages"]}
+    assert cached["load"] and cached["calibrate"]
+    assert all(cached[f"quantize:{v}"] for v in RECIPE["variants"])
+    assert not cached["texts"] and not cached["evaluate:int4"]
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_killed_run_resumes_to_the_same_bytes(project: Path, tmp_path: Path, block: int) -> None:
+    whole = tmp_path / "whole"
+    tiny.build("llama", whole / "model", layers=5)
+    (project / "model").rename(project / "unused")
+    tiny.build("llama", project / "model", layers=5)
+    recipe = {k: v for k, v in RECIPE.items() if k != "evaluate"}
+    recipe["variants"] = {"int4": RECIPE["variants"]["int4"]}
+    for directory in (whole, project):
+        write(directory, recipe)
+    assert compress(whole).returncode == 0
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "compressor", "run", "recipe.yaml"],
+        cwd=project,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "COMPRESSOR_CHECKPOINT_SECONDS": "0"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    # Kill as soon as the block before has been written, somewhere in the middle of the next one.
+    pattern = f"partial/*/block-{block:05d}.safetensors"
+    deadline = time.monotonic() + 120
+    while not list((project / ".compressor").glob(pattern)):
+        assert process.poll() is None and time.monotonic() < deadline, "the run was not caught"
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list((project / "runs").glob("*/*/artifacts"))
+
+    done = compress(project)
+    assert done.returncode == 0, done.stderr
+    assert artifacts(project) == artifacts(whole)
+    manifests = [json.loads(p.read_text()) for p in project.glob(".compressor/objects/*/*/stage.json")]
+    (resumed,) = [m["result"]["resumed_at_block"] for m in manifests if m["kind"] == "quantize"]
+    assert resumed >= block
+
+
+def test_failed_variant_is_named_and_the_others_go_on(project: Path) -> None:
+    recipe = json.loads(json.dumps(RECIPE))
+    recipe["variants"]["broken"] = {"quantize": [{"rtn": {"scheme": "W4A16", "group_size": 48}}]}
+    write(project, recipe)
+    done = compress(project)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    variants = {v["name"]: v for v in report(project)["variants"]}
+    assert variants["broken"]["status"] == "failed" and "48" in variants["broken"]["error"]
+    assert variants["int4"]["status"] == "ok" and variants["int4"]["artifacts"]
+    assert not variants["broken"]["artifacts"]
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"model": {"source": "missing-dir"}}, (1, 2), "missing-dir"),
+        ({"calibration": {"source": "empty.txt"}}, (1, 2), "empty"),
+        ({"calibration": {"source": "short.txt", "samples": 999, "length": 64}}, (1, 2), "token"),
+        ({"evaluate": {"texts": [{"name": "n", "source": "nowhere.txt"}]}}, (1, 2), "nowhere"),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    project: Path, change: dict[str, Any], code: tuple[int, ...], words: str
+) -> None:
+    (project / "empty.txt").write_text("")
+    (project / "short.txt").write_text("Too short a text.")
+    write(project, RECIPE | change)
+    done = compress(project)
+    assert done.returncode in code
+    assert words in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not list((project / "runs").glob("*/*/artifacts")) if (project / "runs").exists() else True
+
+
+def test_full_disk_is_refused_before_work(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from compressor.errors import RunError
+    from compressor.plan import make_plan
+    from compressor.recipe import load_recipe
+    from compressor.store import Store
+
+    plan = make_plan(load_recipe(project / "recipe.yaml"), Store(project / "store"))
+    usage = shutil.disk_usage(project)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(RunError, match="of disk"):
+        plan.check_disk()
