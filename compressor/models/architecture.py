@@ -7,7 +7,9 @@ work without being named here.
 
 from __future__ import annotations
 
+import copy
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import nn
 from compressor.errors import RunError
 from compressor.models.checkpoint import Checkpoint
 from compressor.models.experts import UnfusedExperts, is_fused
+from compressor.models.names import disk_keys
 
 # Siblings that read the same tensor and so share one statistic. A family that names them otherwise
 # only computes a statistic more often than needed.
@@ -29,8 +32,7 @@ _SHARED_INPUT = {
     "gate_proj": "gate_up",
     "up_proj": "gate_up",
 }
-# Mixtral's checkpoints (and engines) keep its first names; transformers 5 renames them on loading.
-_MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+_ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,19 @@ class _Stop(Exception):
     """Ends a forward pass when the last block has been reached."""
 
 
+class _OtherForm(Exception):
+    """This model wants its blocks' output in the other form (tuple or tensor)."""
+
+
 class _Catcher(nn.Module):
     """Stands in for a block: notes its arguments and passes the hidden states on."""
 
-    def __init__(self, block: nn.Module, seen: list[Any], last: bool) -> None:
+    def __init__(self, block: nn.Module, seen: list[Any], count: int, as_tuple: bool) -> None:
         super().__init__()
         object.__setattr__(self, "block", block)  # not a submodule: its weights are not there
         self.seen = seen
-        self.last = last
+        self.count = count
+        self.as_tuple = as_tuple
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -82,18 +89,27 @@ class _Catcher(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["block"], name)
 
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.seen.append((hidden, args, kwargs))
-        if self.last:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            hidden, *args = args  # type: ignore[assignment]
+        else:
+            hidden = kwargs.pop("hidden_states")
+        if not isinstance(hidden, torch.Tensor) or (
+            self.seen and hidden.shape != self.seen[0][0].shape
+        ):
+            raise _OtherForm
+        self.seen.append((hidden, tuple(args), kwargs))
+        if len(self.seen) == self.count:
             raise _Stop
-        return hidden
+        return (hidden,) if self.as_tuple else hidden
 
 
 class CausalLM:
     """A model whose weights are still on disk. Make one with `CausalLM.open`.
 
     Attributes:
-        config: transformers' config, without ``quantization_config``.
+        config: transformers' config, without ``quantization_config``; its dtype is the one on
+            disk.
         model: the module tree, parameters on the meta device until loaded.
         blocks: decoder blocks in order; ``block_names`` are their module paths.
         checkpoint: the tensors on disk.
@@ -105,10 +121,13 @@ class CausalLM:
         self.config = config
         self.checkpoint = checkpoint
         self.num_parameters = sum(p.numel() for p in model.parameters())
+        self._disk = disk_keys(model, checkpoint.names)
+        self._persistent = set(model.state_dict()) - set(dict(model.named_parameters()))
+        self._arguments: dict[tuple[int, ...], list[torch.Tensor]] = {}
         for name, module in list(model.named_modules()):
-            if is_fused(module):
+            if is_fused(module) and f"{name}.0.gate_proj.weight" in self._disk:
                 with torch.device("meta"):
-                    _set_module(model, name, UnfusedExperts(module))
+                    _set_module(model, name, UnfusedExperts(module).eval())
         self._list_name, self.blocks = _find_blocks(model)
         self.block_names = [f"{self._list_name}.{i}" for i in range(len(self.blocks))]
 
@@ -129,7 +148,9 @@ class CausalLM:
                 del config.quantization_config
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=trust_remote_code, dtype=torch.float32
+                    copy.deepcopy(config),  # the dtype given here is written into it
+                    trust_remote_code=trust_remote_code,
+                    dtype=torch.float32,
                 )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise RunError(
@@ -138,6 +159,7 @@ class CausalLM:
                 fix="check config.json, or update transformers if the architecture is new",
             ) from error
         model.tie_weights()  # placing parameters on meta has cut the ties
+        config.dtype = _main_dtype(checkpoint) or config.dtype or torch.float32
         return cls(model.eval(), config, checkpoint)
 
     def linears(self, index: int) -> list[LinearRef]:
@@ -162,7 +184,7 @@ class CausalLM:
         return [
             (self.disk_name(f"{path}.weight").removesuffix(".weight"), "outside the decoder blocks")
             for path, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and not path.startswith(f"{self._list_name}.")
+            if isinstance(module, nn.Linear) and not self._in_blocks(path)
         ]
 
     def _linears(self, index: int) -> Iterator[tuple[LinearRef, str | None]]:
@@ -178,25 +200,7 @@ class CausalLM:
 
     def disk_name(self, name: str) -> str:
         """Key in the checkpoint of a parameter of the model (the name itself if there is none)."""
-        for candidate in self._candidates(name):
-            if self.checkpoint.has(candidate):
-                return candidate
-        # A quantized linear has no .weight on disk (compressed-tensors): look for its scale.
-        for candidate in self._candidates(name):
-            if self.checkpoint.has(candidate.removesuffix(".weight") + ".weight_scale"):
-                return candidate
-        return name
-
-    def _candidates(self, name: str) -> Iterator[str]:
-        prefix = f"{self.model.base_model_prefix}."
-        for base in (name, name.removeprefix(prefix), prefix + name):
-            yield base
-            if ".mlp." in base:
-                moved = base.replace(".mlp.", ".block_sparse_moe.")
-                yield moved
-                match = re.fullmatch(r"(.*\.experts\.\d+\.)(\w+)(\.weight)", moved)
-                if match and match[2] in _MIXTRAL:
-                    yield match[1] + _MIXTRAL[match[2]] + match[3]
+        return self._disk.get(name, name)
 
     def load_block(self, index: int, device: str | torch.device, dtype: torch.dtype) -> None:
         """Put a block's weights in place."""
@@ -210,30 +214,65 @@ class CausalLM:
                 module._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
     def embed(self, ids: torch.Tensor) -> BlockInputs:
-        """Run the model's own forward up to its blocks.
+        """Run the model's own forward up to its blocks, in float32.
 
         Args:
             ids: int64 [batch, length]; every batch of that shape has equal block arguments.
+
+        Raises:
+            RunError: they are not equal, because the model hands blocks more than hidden states
+                that depend on the text.
         """
+        head = self.model.get_output_embeddings()
+        unused = {id(p) for p in head.parameters()} if head is not None else set()
+        unused -= {id(p) for p in self.model.get_input_embeddings().parameters()}
         for name, parameter in list(self.model.named_parameters()):
-            inside = name.startswith(f"{self._list_name}.")
-            if parameter.is_meta and not inside and self.checkpoint.has(self.disk_name(name)):
+            if parameter.is_meta and not self._in_blocks(name) and id(parameter) not in unused:
                 self._place(name, ids.device, torch.float32)
+        for name, _ in list(self.model.named_buffers()):
+            if not self._in_blocks(name):
+                self._place_buffer(name, ids.device)
         self.model.tie_weights()
+        try:
+            seen = self._catch(ids, as_tuple=False)
+        except _OtherForm:
+            seen = self._catch(ids, as_tuple=True)
+        self._check_arguments(tuple(ids.shape), seen)
+        return BlockInputs(seen[0][0], [(args, kwargs) for _, args, kwargs in seen])
+
+    def _catch(self, ids: torch.Tensor, *, as_tuple: bool) -> list[Any]:
+        """(hidden, args, kwargs) that each block is called with."""
         seen: list[Any] = []
         holder = self.model.get_submodule(self._list_name)
         originals = list(holder)
-        last = len(originals) - 1
         for i, block in enumerate(originals):
-            holder[i] = _Catcher(block, seen, i == last)
+            holder[i] = _Catcher(block, seen, len(originals), as_tuple)
         try:
-            self.model(ids, use_cache=False)
+            with torch.no_grad():
+                self.model(ids, use_cache=False)
         except _Stop:
             pass
         finally:
             for i, block in enumerate(originals):
                 holder[i] = block
-        return BlockInputs(seen[0][0], [(args, kwargs) for _, args, kwargs in seen])
+        return seen
+
+    def _check_arguments(self, shape: tuple[int, ...], seen: list[Any]) -> None:
+        """Raise unless the blocks' tensors are those of the first batch of this shape."""
+        tensors = _tensors([(args, kwargs) for _, args, kwargs in seen])
+        first = self._arguments.setdefault(shape, tensors)
+        same = len(first) == len(tensors) and all(
+            a is b or torch.equal(a, b) for a, b in zip(first, tensors, strict=True)
+        )
+        if not same:
+            raise RunError(
+                "blocks of this architecture get further inputs that depend on the text",
+                where=type(self.model).__name__,
+                fix="this architecture cannot be walked block by block yet: choose another model",
+            )
+
+    def _in_blocks(self, name: str) -> bool:
+        return name.startswith(f"{self._list_name}.")
 
     def run_block(self, index: int, hidden: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:
         """Output [batch, length, hidden] of a loaded block."""
@@ -265,37 +304,40 @@ class CausalLM:
             RunError: a weight is missing, has another shape than config.json says, or is not
                 finite.
         """
-        used = set()
-        state = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        damaged = "the checkpoint does not fit its config.json: download both again"
+        where = str(self.checkpoint.directory)
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        used = set()
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             key = self.disk_name(name)
             if not self.checkpoint.has(key):
-                if name in tied or name not in state:
+                if name in tied:
                     continue
-                raise RunError(
-                    f"weight {name} is missing",
-                    where=str(self.checkpoint.directory),
-                    fix="the checkpoint does not fit its config.json: download both again",
-                )
+                raise RunError(f"weight {name} is missing", where=where, fix=damaged)
             if self.checkpoint.shape(key) != tuple(parameter.shape):
                 raise RunError(
                     f"weight {key} is {self.checkpoint.shape(key)}, config.json says "
                     f"{tuple(parameter.shape)}",
-                    where=str(self.checkpoint.directory),
-                    fix="the checkpoint does not fit its config.json: download both again",
+                    where=where,
+                    fix=damaged,
                 )
             used.add(key)
-        used |= {self.disk_name(name) for name in dict(self.model.named_buffers())}
-        for key in used & set(self.checkpoint.names):
+        used |= {self.disk_name(name) for name in self._persistent}
+        used &= set(self.checkpoint.names)
+        for key in sorted(used):
             value = self.checkpoint.tensor(key)
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise RunError(
                     f"weight {key} holds NaN or infinite values",
-                    where=str(self.checkpoint.directory),
+                    where=where,
                     fix="the checkpoint is damaged: download it again",
                 )
-        surplus = sorted(set(self.checkpoint.names) - used)
+        ignored = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        surplus = [
+            key
+            for key in self.checkpoint.names
+            if key not in used and not any(re.search(pattern, key) for pattern in ignored)
+        ]
         if not surplus:
             return []
         shown = ", ".join(surplus[:3]) + (", ..." if len(surplus) > 3 else "")
@@ -308,31 +350,45 @@ class CausalLM:
             full = _join(prefix, name)
             if parameter.is_meta and self.checkpoint.has(self.disk_name(full)):
                 self._place(full, device, dtype)
-        for name, buffer in list(root.named_buffers()):
-            full = _join(prefix, name)
-            key = self.disk_name(full)
-            if self.checkpoint.has(key) and self.checkpoint.shape(key) == tuple(buffer.shape):
-                buffer.copy_(self.checkpoint.tensor(key))
+        for name, _ in list(root.named_buffers()):
+            self._place_buffer(_join(prefix, name), device)
 
     def _place(self, name: str, device: str | torch.device, dtype: torch.dtype) -> None:
-        path, _, leaf = name.rpartition(".")
-        value = self.checkpoint.tensor(self.disk_name(name), dtype).to(device)
-        owner = self.model.get_submodule(path)
-        if value.shape != owner._parameters[leaf].shape:
+        key = self.disk_name(name)
+        owner, leaf = self._owner(name)
+        expected = tuple(owner._parameters[leaf].shape)
+        if not self.checkpoint.has(key) or self.checkpoint.shape(key) != expected:
+            found = self.checkpoint.shape(key) if self.checkpoint.has(key) else "missing"
             raise RunError(
-                f"weight {name} is {tuple(value.shape)}, config.json says "
-                f"{tuple(owner._parameters[leaf].shape)}",
+                f"weight {key} is {found}, config.json says {expected}",
                 where=str(self.checkpoint.directory),
                 fix="the checkpoint does not fit its config.json: download both again",
             )
+        value = self.checkpoint.tensor(key, dtype).to(device)
         owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def _place_buffer(self, name: str, device: str | torch.device) -> None:
+        owner, leaf = self._owner(name)
+        buffer = owner._buffers[leaf]
+        key = self.disk_name(name)
+        if name in self._persistent and self.checkpoint.has(key):
+            buffer = self.checkpoint.tensor(key, buffer.dtype)
+        owner._buffers[leaf] = buffer.to(device)
+
+    def _owner(self, name: str) -> tuple[Any, str]:
+        path, _, leaf = name.rpartition(".")
+        return self.model.get_submodule(path), leaf
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """The list of same-class modules that holds the most parameters: the decoder blocks."""
     best: tuple[int, str, list[nn.Module]] = (0, "", [])
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and not isinstance(module, UnfusedExperts):
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module)
+            and not isinstance(module, UnfusedExperts)
+        ):
             children = list(module)
             size = sum(p.numel() for p in module.parameters())
             if len({type(child) for child in children}) == 1 and size > best[0]:
@@ -348,7 +404,27 @@ def _find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
 def _is_router(path: str) -> bool:
     """Whether a module of a block decides which experts run (or how much one counts)."""
-    return path.rpartition(".")[2] in {"gate", "router", "shared_expert_gate"}
+    return not _ROUTERS.isdisjoint(path.split("."))
+
+
+def _main_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
+    """Floating-point dtype that holds most of the weights."""
+    sizes: Counter[torch.dtype] = Counter()
+    for name in checkpoint.names:
+        if checkpoint.dtype(name).is_floating_point:
+            sizes[checkpoint.dtype(name)] += checkpoint.numel(name)
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """All tensors in nested tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [tensor for item in value for tensor in _tensors(item)]
 
 
 def _join(*parts: str) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,6 +36,16 @@ _DTYPES = {
 }
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor's place: file, first byte, shape, dtype."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class Checkpoint:
     """The tensors of a directory, read one at a time.
 
@@ -48,28 +58,21 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._facts: dict[str, tuple[str, list[int], torch.dtype]] = {}
-        self._open: dict[str, Any] = {}
+        self._entries: dict[str, _Entry] = {}
         for file in self._shards():
-            handle = self._handle(file)
-            for name in handle.keys():  # noqa: SIM118 (not a dict)
-                part = handle.get_slice(name)
-                dtype = _DTYPES.get(part.get_dtype())
-                if dtype is None:
-                    raise RunError(
-                        f"tensor {name} has the unknown dtype {part.get_dtype()}",
-                        where=str(directory / file),
-                        fix="convert the checkpoint to bfloat16, float16 or float32",
-                    )
-                self._facts[name] = (file, part.get_shape(), dtype)
+            self._entries.update(_read_header(directory / file))
 
     def _shards(self) -> list[str]:
         index = self.directory / INDEX
         if index.is_file():
             try:
-                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                files = sorted(
+                    set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                )
             except (ValueError, KeyError, AttributeError) as error:
-                raise RunError("not a shard index", where=str(index), fix="download it again") from error
+                raise RunError(
+                    "not a shard index", where=str(index), fix="download it again"
+                ) from error
         else:
             files = [SINGLE]
         for file in files:
@@ -81,48 +84,85 @@ class Checkpoint:
                 )
         return files
 
-    def _handle(self, file: str) -> Any:
-        if file not in self._open:
-            try:
-                self._open[file] = safe_open(self.directory / file, "pt")
-            except (SafetensorError, OSError) as error:
-                raise RunError(
-                    f"cannot be read as safetensors ({error})",
-                    where=str(self.directory / file),
-                    fix="download it again: it is cut short or altered",
-                ) from error
-        return self._open[file]
-
     @property
     def names(self) -> list[str]:
         """Tensor names, sorted."""
-        return sorted(self._facts)
+        return sorted(self._entries)
 
     def has(self, name: str) -> bool:
-        return name in self._facts
+        return name in self._entries
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._facts[name][1])
+        return self._entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._facts[name][2]
+        return self._entries[name].dtype
 
     def numel(self, name: str) -> int:
-        return math.prod(self._facts[name][1])
+        return math.prod(self._entries[name].shape)
 
     @property
     def total_bytes(self) -> int:
-        return sum(self.numel(name) * self.dtype(name).itemsize for name in self._facts)
+        return sum(self.numel(name) * self.dtype(name).itemsize for name in self._entries)
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """One tensor in memory of its own (aligned, so that results never depend on where in the
-        file it lay), converted to ``dtype`` when given."""
-        value = self._handle(self._facts[name][0]).get_tensor(name)
-        return value.clone() if dtype is None or dtype == value.dtype else value.to(dtype)
+        """One tensor, converted to ``dtype`` when given.
+
+        It is read into memory of its own, aligned as torch aligns: results never depend on where
+        in the file it lay, and no part of the file stays mapped.
+        """
+        entry = self._entries[name]
+        value = torch.empty(entry.shape, dtype=entry.dtype)
+        if value.numel():
+            buffer = memoryview(value.view(-1).view(torch.uint8).numpy())
+            with open(entry.path, "rb", buffering=0) as file:
+                file.seek(entry.offset)
+                done = 0
+                while done < len(buffer):
+                    count = file.readinto(buffer[done:])
+                    if not count:
+                        raise RunError(
+                            f"the file ends inside tensor {name}",
+                            where=str(entry.path),
+                            fix="it was cut short while in use: download it again",
+                        )
+                    done += count
+        return value if dtype is None else value.to(dtype)
+
+
+def _read_header(path: Path) -> dict[str, _Entry]:
+    """Where each tensor of a safetensors file lies."""
+    try:
+        with safe_open(path, "pt"):  # checks header, offsets and the file's length
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(
+            f"cannot be read as safetensors ({error})",
+            where=str(path),
+            fix="download it again: it is cut short or altered",
+        ) from error
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, part in header.items():
+        dtype = _DTYPES.get(part["dtype"])
+        if dtype is None:
+            raise RunError(
+                f"tensor {name} has the unknown dtype {part['dtype']}",
+                where=str(path),
+                fix="convert the checkpoint to bfloat16, float16 or float32",
+            )
+        offset = 8 + length + part["data_offsets"][0]
+        entries[name] = _Entry(path, offset, tuple(part["shape"]), dtype)
+    return entries
 
 
 class TensorWriter:
     """Writes tensors as they come, with one shard in memory; equal input gives equal bytes.
+
+    A model that fits one shard becomes ``model.safetensors``; ``close`` must be called.
 
     Args:
         directory: must exist.

@@ -1,11 +1,13 @@
 """Fused experts of transformers 5, taken apart into linears.
 
 transformers 5 holds all experts of a layer in one 3-D parameter (``gate_up_proj`` [E, 2I, H],
-``down_proj`` [E, H, I]), which no quantizer of linears sees. Checkpoints on disk, and engines, have
-one matrix per expert: `UnfusedExperts` computes the same from those.
+``down_proj`` [E, H, I]), which no quantizer of linears sees. Most checkpoints on disk, and engines,
+have one matrix per expert: `UnfusedExperts` computes the same from those.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,18 +27,19 @@ class UnfusedExperts(nn.ModuleList):
     """Experts as a list, called as transformers calls the fused module.
 
     Args:
-        fused: the module to stand in for, with ``gate_up_proj``, ``down_proj`` and ``act_fn``.
+        fused: the module to stand in for, one that `is_fused`.
     """
 
-    def __init__(self, fused: nn.Module) -> None:
+    def __init__(self, fused: Any) -> None:
         count, double, hidden = fused.gate_up_proj.shape
         super().__init__(Expert(hidden, double // 2) for _ in range(count))
-        self.act_fn = fused.act_fn
+        # Not as a submodule: a ModuleList would count it as one more expert.
+        object.__setattr__(self, "act_fn", fused.act_fn)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Weighted sum of each token's experts.
+        """Weighted sum of each token's experts, [tokens, hidden].
 
         Args:
             hidden_states: [tokens, hidden].
@@ -44,10 +47,11 @@ class UnfusedExperts(nn.ModuleList):
             top_k_weights: [tokens, k], their weights.
         """
         result = torch.zeros_like(hidden_states)
-        for index, expert in enumerate(self):
+        for index in top_k_index.unique().tolist():
+            if index >= len(self):
+                continue  # a router marks a slot that is not to be computed by E
+            expert = self[index]
             token, position = torch.where(top_k_index == index)
-            if not len(token):
-                continue
             x = hidden_states[token]
             y = expert.down_proj(self.act_fn(expert.gate_proj(x)) * expert.up_proj(x))
             y = y * top_k_weights[token, position, None]
@@ -55,15 +59,21 @@ class UnfusedExperts(nn.ModuleList):
         return result
 
 
-def is_fused(module: nn.Module) -> bool:
-    """Whether a module holds fused gated experts of the layout that is taken apart here."""
+def is_fused(module: Any) -> bool:
+    """Whether a module holds fused gated experts of the plain kind that can be taken apart."""
     gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    if not (isinstance(gate_up, nn.Parameter) and isinstance(down, nn.Parameter)):
+        return False
+    gate = getattr(type(module), "_apply_gate", None)
     return (
-        isinstance(gate_up, nn.Parameter)
-        and isinstance(down, nn.Parameter)
-        and gate_up.ndim == down.ndim == 3
+        gate_up.ndim == down.ndim == 3
         and gate_up.shape[1] == 2 * down.shape[2]
         and gate_up.shape[2] == down.shape[1]
         and hasattr(module, "act_fn")
-        and getattr(module, "gate_up_proj_bias", None) is None
+        and getattr(gate, "__name__", "") == "_default_apply_gate"
+        and getattr(module, "has_gate", False)
+        and getattr(module, "is_concatenated", False)
+        and not getattr(module, "is_transposed", True)
+        and not getattr(module, "has_bias", True)
+        and not getattr(module, "has_post_expert_norm", False)
     )

