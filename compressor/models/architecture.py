@@ -116,7 +116,7 @@ class CausalLM:
         num_parameters: tied weights counted once.
     """
 
-    def __init__(self, model: nn.Module, config: Any, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: Any, config: Any, checkpoint: Checkpoint) -> None:
         self.model = model
         self.config = config
         self.checkpoint = checkpoint
@@ -243,7 +243,7 @@ class CausalLM:
     def _catch(self, ids: torch.Tensor, *, as_tuple: bool) -> list[Any]:
         """(hidden, args, kwargs) that each block is called with."""
         seen: list[Any] = []
-        holder = self.model.get_submodule(self._list_name)
+        holder: nn.ModuleList = self.model.get_submodule(self._list_name)
         originals = list(holder)
         for i, block in enumerate(originals):
             holder[i] = _Catcher(block, seen, len(originals), as_tuple)
@@ -284,7 +284,7 @@ class CausalLM:
         """Put another module in a linear's place."""
         _set_module(self.model, ref.path, module)
 
-    def load_full(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> nn.Module:
+    def load_full(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
         """The whole model with every weight that is not there yet; tied weights stay tied."""
         self._load("", self.model, device, dtype)
         self.model.tie_weights()

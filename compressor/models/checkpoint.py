@@ -11,6 +11,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -114,7 +115,8 @@ class Checkpoint:
         entry = self._entries[name]
         value = torch.empty(entry.shape, dtype=entry.dtype)
         if value.numel():
-            buffer = memoryview(value.view(-1).view(torch.uint8).numpy())
+            array: Any = value.view(-1).view(torch.uint8).numpy()
+            buffer = memoryview(array)
             with open(entry.path, "rb", buffering=0) as file:
                 file.seek(entry.offset)
                 done = 0

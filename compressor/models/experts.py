@@ -34,7 +34,7 @@ class UnfusedExperts(nn.ModuleList):
         count, double, hidden = fused.gate_up_proj.shape
         super().__init__(Expert(hidden, double // 2) for _ in range(count))
         # Not as a submodule: a ModuleList would count it as one more expert.
-        object.__setattr__(self, "act_fn", fused.act_fn)
+        object.__setattr__(self, "_act", fused.act_fn)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -47,13 +47,15 @@ class UnfusedExperts(nn.ModuleList):
             top_k_weights: [tokens, k], their weights.
         """
         result = torch.zeros_like(hidden_states)
+        act: Any = self._act
+        experts: list[Any] = list(self)
         for index in top_k_index.unique().tolist():
-            if index >= len(self):
+            if index >= len(experts):
                 continue  # a router marks a slot that is not to be computed by E
-            expert = self[index]
+            expert = experts[index]
             token, position = torch.where(top_k_index == index)
             x = hidden_states[token]
-            y = expert.down_proj(self.act_fn(expert.gate_proj(x)) * expert.up_proj(x))
+            y = expert.down_proj(act(expert.gate_proj(x)) * expert.up_proj(x))
             y = y * top_k_weights[token, position, None]
             result.index_add_(0, token, y.to(result.dtype))
         return result

@@ -150,7 +150,7 @@ def _directory(
             raise RunError(
                 "the weights are pickles, which can run code when they are loaded",
                 where=str(pickles[0]),
-                fix="convert them to safetensors, or set model.allow_pickle: true if you trust them",
+                fix="convert them to safetensors, or trust them: model.allow_pickle: true",
             )
         if not pickles:
             raise RunError(
@@ -168,7 +168,7 @@ def _directory(
 def _check_causal(config: dict[str, Any], where: Path, trust_remote_code: bool) -> None:
     """Raise RunError unless transformers knows the config as a causal language model."""
     names = config.get("architectures") or []
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if "auto_map" in config and not trust_remote_code:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -270,7 +270,7 @@ def materialise(resolved: ResolvedSource, destination: Path, dtype: str = "auto"
     if resolved.kind == "gguf":
         weights["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, **weights, **arguments)
+        model: Any = AutoModelForCausalLM.from_pretrained(where, **weights, **arguments)
         tokenizer = AutoTokenizer.from_pretrained(where, **arguments)
     except (OSError, ImportError, ValueError, KeyError, RuntimeError) as error:
         raise RunError(

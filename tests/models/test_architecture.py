@@ -124,6 +124,60 @@ def test_names_on_disk(directories: dict[str, Path]) -> None:
     assert [name for name, _ in neox.outside_linears()] == ["embed_out"]
 
 
+@pytest.mark.parametrize("part", ["weight_packed", "weight_scale"])
+def test_names_of_a_quantized_checkpoint(
+    tmp_path: Path, directories: dict[str, Path], part: str
+) -> None:
+    directory = tiny.build("mixtral", tmp_path)
+    weights = load_file(directory / "model.safetensors")
+    moved = {
+        name.replace(".weight", f".{part}") if ".w" in name else name: value
+        for name, value in weights.items()
+    }
+    save_file(moved, directory / "model.safetensors", metadata={"format": "pt"})
+    plain, quantized = CausalLM.open(directories["mixtral"]), CausalLM.open(directory)
+    assert [r.name for r in quantized.linears(1)] == [r.name for r in plain.linears(1)]
+
+
+def test_experts_stored_fused_stay_fused(
+    tmp_path: Path, directories: dict[str, Path], ids: torch.Tensor
+) -> None:
+    directory = tiny.build("qwen3_moe", tmp_path)
+    weights = load_file(directory / "model.safetensors")
+    for i in range(2):
+        prefix = f"model.layers.{i}.mlp.experts"
+
+        gate, up, down = (
+            [weights.pop(f"{prefix}.{e}.{leaf}.weight") for e in range(tiny.EXPERTS)]
+            for leaf in ("gate_proj", "up_proj", "down_proj")
+        )
+        gate_up = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
+        weights[f"{prefix}.gate_up_proj"] = torch.stack(gate_up)
+        weights[f"{prefix}.down_proj"] = torch.stack(down)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    model = CausalLM.open(directory)
+    assert len(model.linears(0)) == 4
+    assert ("model.layers.0.mlp.experts.down_proj", "not a linear") in model.skipped(0)
+    assert model.check_weights() == []
+    expected = reference(directories["qwen3_moe"])(ids).logits
+    assert torch.allclose(model.load_full(torch.float32)(ids).logits, expected, atol=1e-5)
+
+
+def test_blocks_that_get_more_of_the_text_are_refused(
+    directories: dict[str, Path], ids: torch.Tensor
+) -> None:
+    model = CausalLM.open(directories["llama"])
+    model.embed(ids)
+    model.embed(ids.flip(1))  # other text of that shape: the blocks' arguments are the same
+    model.model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "position_ids": kwargs["input_ids"] % 64}),
+        with_kwargs=True,
+    )
+    model.embed(ids[:1])
+    with pytest.raises(RunError, match="depend on the text"):
+        model.embed(ids[:1].flip(1))
+
+
 @pytest.mark.parametrize("arch", tiny.ARCHITECTURES)
 def test_weights_are_complete(arch: str, directories: dict[str, Path]) -> None:
     model = CausalLM.open(directories[arch])
@@ -149,6 +203,7 @@ def test_replaced_linear_survives_loading(directories: dict[str, Path], ids: tor
     class Holder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            self.weight: torch.Tensor
             self.register_buffer("weight", torch.zeros(ref.module.weight.shape))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -12,7 +14,7 @@ from compressor.models.experts import UnfusedExperts, is_fused
 
 
 def fused(experts: int, hidden: int, intermediate: int) -> MixtralExperts:
-    config = AutoConfig.for_model(
+    config: Any = AutoConfig.for_model(
         "mixtral", num_local_experts=experts, hidden_size=hidden, intermediate_size=intermediate
     )
     config._experts_implementation = "eager"
@@ -29,6 +31,7 @@ def test_same_output(experts: int, k: int, tokens: int) -> None:
     assert is_fused(module)
     apart = UnfusedExperts(module)
     with torch.no_grad():
+        expert: Any
         for i, expert in enumerate(apart):
             gate, up = module.gate_up_proj[i].chunk(2)
             expert.gate_proj.weight.copy_(gate)
