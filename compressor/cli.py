@@ -79,14 +79,14 @@ def run(
 ) -> None:
     """Do what the recipe says: quantize, evaluate, measure, export, report."""
     from compressor.progress import make_progress
-    from compressor.report.terminal import closing_table
+    from compressor.report.terminal import closing
     from compressor.run import execute
 
     plan = _plan(recipe, output, store, only)
     result = execute(plan, make_progress(quiet))
     if not quiet:
         console = Console()
-        console.print(closing_table(result.report))
+        console.print(closing(result.report))
         console.print(f"report: {result.run_dir / 'report' / 'index.html'}", soft_wrap=True)
     for variant, message in result.failed_variants.items():
         Console(stderr=True).print(f"{variant} failed: {message}", style="red", markup=False)
@@ -204,7 +204,7 @@ def report(
     run_dir: Annotated[Path, typer.Argument(help="A run's directory.")],
 ) -> None:
     """Write a run's report again from its report.json."""
-    from compressor.report.terminal import closing_table
+    from compressor.report.terminal import closing
     from compressor.report.write import write_report
 
     path = run_dir / "report" / "report.json"
@@ -215,7 +215,7 @@ def report(
             "no report can be read there", where=str(path), fix="give the directory of a run"
         ) from error
     write_report(content, run_dir / "report")
-    Console().print(closing_table(content))
+    Console().print(closing(content))
 
 
 def _plan(recipe: Path, output: Path | None, store: Path | None, only: list[str] | None) -> Plan:

@@ -262,6 +262,7 @@ def measure(context: Context) -> dict[str, Any]:
     from compressor.measure import runner
 
     loaders: dict[str, Callable[[torch.dtype], nn.Module]] = {}
+    sizes: dict[str, int] = {}
     for stored in context.inputs.values():
         if stored.manifest["kind"] != "export":
             continue
@@ -272,6 +273,7 @@ def measure(context: Context) -> dict[str, Any]:
             return formats.load_model(directory, kernel="auto", dtype=dtype)
 
         loaders.setdefault(stored.manifest["variant"], loader)
+        sizes.setdefault(stored.manifest["variant"], stored.result["size_bytes"])
     tokenizer = AutoTokenizer.from_pretrained(context.model_dir)
     settings = runner.MeasureSettings.from_config(context.config)
     prompts = load_texts(
@@ -281,7 +283,13 @@ def measure(context: Context) -> dict[str, Any]:
         tokenizer=tokenizer,
     )
     return runner.measure(
-        loaders, tokenizer, prompts, settings, context.directory, context.progress
+        loaders,
+        tokenizer,
+        prompts,
+        settings,
+        context.directory,
+        context.progress,
+        artifact_bytes=sizes,
     )
 
 

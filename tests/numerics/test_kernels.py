@@ -1,0 +1,76 @@
+"""Every low-bit kernel against the dense float64 product of the same codes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compressor.numerics import grid, kernels
+from compressor.numerics.linear import QuantizedLinear
+from compressor.numerics.quantized import QuantizedTensor
+from compressor.numerics.scheme import Scheme
+
+
+def quantized(scheme: Scheme, out: int, columns: int, *, ordered: bool = False) -> QuantizedTensor:
+    weight = torch.randn(out, columns, generator=torch.Generator().manual_seed(0))
+    scale, zero = grid.fit_grid(weight, scheme.weights, scale_dtype=torch.bfloat16)
+    g_idx = None
+    if ordered:
+        shuffled = torch.randperm(columns, generator=torch.Generator().manual_seed(1))
+        g_idx = (torch.argsort(shuffled) // (columns // scale.shape[1])).to(torch.int32)
+    return grid.quantize(weight, scale, zero, scheme.weights, g_idx)
+
+
+def exact(tensor: QuantizedTensor, scheme: Scheme, x: torch.Tensor) -> torch.Tensor:
+    x = x.double()
+    if scheme.input_activations is not None:
+        codes, scale = kernels.quantize_rows(x.float())
+        x = codes.double() * scale.double()
+    return x @ tensor.dequantize(torch.float32).double().T
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 130])
+@pytest.mark.parametrize(
+    ("name", "group_size", "symmetric", "ordered", "dtype", "kernel", "tolerance"),
+    [
+        ("W8A8", None, True, False, torch.float32, "int8-int_mm", 1e-6),
+        ("W8A8", None, True, False, torch.bfloat16, "int8-int_mm", 1e-2),
+        ("W4A16", 32, True, False, torch.bfloat16, "int4-int4pack_mm", 1e-2),
+        ("W4A16", 64, False, False, torch.bfloat16, "int4-int4pack_mm", 1e-2),
+        ("W4A16", 64, True, True, torch.bfloat16, "int4-int4pack_mm", 1e-2),
+        ("W8A16", None, True, False, torch.bfloat16, "int8-int8pack_mm", 1e-2),
+        ("W4A16", 64, True, False, torch.float32, "dequantized-float32", 1e-5),
+        ("W4A8", 64, True, False, torch.float32, "dequantized-float32", 1e-5),
+        ("W3A16", 64, True, False, torch.bfloat16, "dequantized-bfloat16", 1e-2),
+    ],
+)
+def test_kernel_computes_the_product(
+    rows: int, name: str, group_size: int | None, symmetric: bool, ordered: bool,
+    dtype: torch.dtype, kernel: str, tolerance: float,
+) -> None:  # fmt: skip
+    scheme = Scheme.parse(name, group_size, symmetric)
+    tensor = quantized(scheme, 96, 128, ordered=ordered)
+    bias = torch.linspace(-1, 1, 96)
+    linear = QuantizedLinear.from_tensor(tensor, scheme, bias, kernel="auto", dtype=dtype)
+    assert linear.kernel_name == kernel
+    x = torch.randn(2, rows, 128, generator=torch.Generator().manual_seed(2)).to(dtype)
+    got = linear(x)
+    assert got.dtype == dtype and got.shape == (2, rows, 96)
+    expected = exact(tensor, scheme, x.reshape(-1, 128)).view(2, rows, 96) + bias.double()
+    assert float((got.double() - expected).norm() / expected.norm()) < tolerance
+
+
+def test_reference_rounds_activations_as_the_engine_does() -> None:
+    scheme = Scheme.parse("W8A8")
+    tensor = quantized(scheme, 32, 64)
+    x = torch.randn(5, 64)
+    linear = QuantizedLinear.from_tensor(tensor, scheme, None)
+    torch.testing.assert_close(linear(x).double(), exact(tensor, scheme, x), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(linear(x), x @ tensor.dequantize().T, atol=1e-3)
+
+
+def test_rows_of_zeros_have_no_nan() -> None:
+    codes, scale = kernels.quantize_rows(torch.zeros(2, 8))
+    assert codes.abs().max() == 0 and torch.isfinite(scale).all()
+    codes, scale = kernels.quantize_rows(torch.tensor([[-2.0, 1.0, 0.5]]))
+    assert codes.tolist() == [[-127, 64, 32]] and float(scale) == pytest.approx(2 / 127)
