@@ -30,28 +30,35 @@ from compressor.measure.engines.vllm import VllmServer
 
 
 @torch.no_grad()
-def reference_tokens(directory: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """Greedy continuations by the dequantized model in float32."""
-    model = load_model(directory, kernel="reference", dtype=torch.float32)
+def reference_tokens(
+    directory: Path, prompts: list[list[int]], count: int, dtype: torch.dtype
+) -> list[list[int]]:
+    """Greedy continuations by the dequantized model; EOS is a token like any other."""
+    model = load_model(directory, kernel="reference", dtype=dtype)
     found = []
     for prompt in prompts:
-        out = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        found.append(out[0, len(prompt) :].tolist())
+        step, cache, tokens = torch.tensor([prompt]), None, []
+        for _ in range(count):
+            out = model(step, past_key_values=cache, use_cache=True)
+            step, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            tokens.append(int(step))
+        found.append(tokens)
     return found
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a prompt, as a chat where the model has a template."""
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    return tokenizer(text)["input_ids"]
 
 
 def check(directory: Path, python: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Load proof and agreement of one directory."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     texts = load_texts("builtin:prompts", field="prompt", base_dir=Path())[: args.prompts]
-    prompts = [tokenizer(text)["input_ids"][-256:] for text in texts]
+    prompts = [encode(tokenizer, text) for text in texts]
     result: dict[str, Any] = {"directory": str(directory), "loads": False, "prompts": len(prompts)}
     flags = ["--dtype", args.dtype, "--max-model-len", "1024", *args.flag]
     with tempfile.TemporaryDirectory() as temporary:
@@ -65,7 +72,7 @@ def check(directory: Path, python: Path, args: argparse.Namespace) -> dict[str, 
         except RunError as error:
             result["error"] = str(error)
             return result
-    own = reference_tokens(directory, prompts, args.tokens)
+    own = reference_tokens(directory, prompts, args.tokens, getattr(torch, args.reference_dtype))
     result["agree"] = sum(a == b for a, b in zip(served, own, strict=True))
     result["first_difference"] = [
         next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
@@ -81,7 +88,8 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--least", type=int, default=18, help="prompts that must agree")
-    parser.add_argument("--dtype", default="float32", help="vLLM's --dtype")
+    parser.add_argument("--dtype", default="bfloat16", help="vLLM's --dtype")
+    parser.add_argument("--reference-dtype", default="float32", help="of our own model")
     parser.add_argument("--flag", action="append", default=[], help="further flag for vLLM")
     parser.add_argument("--json", type=Path, help="write results there")
     args = parser.parse_args()

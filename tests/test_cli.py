@@ -1,0 +1,127 @@
+"""The command line: exit codes, messages without tracebacks, and what the commands print."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from compressor import __version__
+from tests import tiny
+
+
+def compress(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    root = Path(__file__).parent.parent
+    return subprocess.run(
+        [sys.executable, "-m", "compressor", *arguments],
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root), "COLUMNS": "150"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("project")
+    tiny.build("llama", path / "model")
+    recipe = {
+        "version": 1,
+        "model": {"source": "model"},
+        "variants": {"int4": {"quantize": [{"rtn": {"scheme": "W4A16", "group_size": 32}}]}},
+        "evaluate": {"texts": [{"name": "n", "source": "builtin:novel", "max_tokens": 256}], "length": 64},
+    }  # fmt: skip
+    (path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def test_help_is_fast_and_names_the_commands(tmp_path: Path) -> None:
+    started = time.perf_counter()
+    done = compress("--help", cwd=tmp_path)
+    assert done.returncode == 0 and time.perf_counter() - started < 3
+    for command in ("run", "plan", "doctor", "init", "schema", "report"):
+        assert command in done.stdout
+    assert compress("--version", cwd=tmp_path).stdout.strip() == f"compressor {__version__}"
+
+
+def test_plan_shows_stages_and_runs_nothing(project: Path) -> None:
+    done = compress("plan", "r.yaml", "--json", cwd=project)
+    assert done.returncode == 0, done.stderr
+    stages = {stage["name"]: stage for stage in json.loads(done.stdout)["stages"]}
+    assert {"load", "texts", "quantize:int4", "evaluate:baseline", "evaluate:int4"} <= set(stages)
+    assert "calibrate" not in stages
+    assert not any(stage["cached"] for stage in stages.values())
+    assert all(stage["seconds"] > 0 for stage in stages.values())
+    shown = compress("plan", "r.yaml", cwd=project).stdout
+    assert "quantize:int4" in shown and "in all (estimated)" in shown
+    assert not (project / "runs").exists()
+
+
+def test_run_then_plan_then_report(project: Path) -> None:
+    done = compress("run", "r.yaml", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert "int4" in done.stdout and "index.html" in done.stdout
+    planned = json.loads(compress("plan", "r.yaml", "--json", cwd=project).stdout)
+    assert all(stage["cached"] for stage in planned["stages"])
+    (run,) = (project / "runs" / "r").iterdir()
+    before = (run / "report" / "report.md").read_bytes()
+    (run / "report" / "report.md").unlink()
+    assert compress("report", str(run), cwd=project).returncode == 0
+    assert (run / "report" / "report.md").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("run", "missing.yaml"), 2, "no such recipe"),
+        (("run", "bad.yaml"), 2, "bad.yaml:1"),
+        (("run", "r.yaml", "--only", "int9"), 2, "no variant 'int9'"),
+        (("run",), 2, "Missing argument"),
+        (("fly",), 2, "No such command"),
+        (("report", "nowhere"), 2, "no report can be read"),
+        (("run", "gone.yaml"), 1, "there is no directory"),
+        (("run", "hub.yaml"), 1, "Hub cannot be reached"),
+        (("run", "package.yaml"), 1, "not installed"),
+        (("run", "encoder.yaml"), 1, "not a causal"),
+        (("init", "a/b", "-o", "r.yaml"), 2, "already there"),
+    ],
+)
+def test_faults_have_a_message_and_an_exit_code(
+    project: Path, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    good = yaml.safe_load((project / "r.yaml").read_text())
+    (project / "bad.yaml").write_text("modell: x\n")
+    (project / "encoder").mkdir(exist_ok=True)
+    config = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+    (project / "encoder" / "config.json").write_text(json.dumps(config))
+    (project / "encoder" / "model.safetensors").write_bytes(b"")
+    sources = {"gone": "./gone", "hub": "org/name", "package": "package:nope/m.gguf", "encoder": "./encoder"}
+    for name, source in sources.items():
+        (project / f"{name}.yaml").write_text(yaml.safe_dump(good | {"model": {"source": source}}))
+    done = compress(*arguments, cwd=project)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert words in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_init_writes_a_recipe(tmp_path: Path) -> None:
+    done = compress("init", "Qwen/Qwen3-0.6B", cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "qwen3-0.6b.yaml").exists()
+
+
+def test_doctor_says_what_is_missing_and_how_to_get_it(tmp_path: Path) -> None:
+    done = compress("doctor", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    checks = {check["name"]: check for check in value["checks"]}
+    assert checks["torch"]["found"].startswith("2.")
+    assert value["environment"]["cores"] >= 1
+    assert all(check["fix"] for check in checks.values() if check["found"] is None)
+    assert "vLLM" in compress("doctor", cwd=tmp_path).stdout

@@ -1,0 +1,160 @@
+"""Recipes: what is read, and one clear error with file and line for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compressor.errors import RecipeError
+from compressor.recipe import load_recipe, recipe_schema
+from compressor.reference import render
+from compressor.starter import default_file, starter
+
+ROOT = Path(__file__).parent.parent
+GOOD = """\
+version: 1
+model: {source: org/name}
+calibration: {source: "builtin:calibration"}
+variants:
+  int4:
+    quantize:
+      - gptq: {scheme: W4A16, group_size: 64}
+"""
+
+
+def load(tmp_path: Path, text: str | bytes) -> object:
+    path = tmp_path / "my-recipe.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return load_recipe(path)
+
+
+def test_defaults_are_filled_in_and_locked(tmp_path: Path) -> None:
+    recipe = load(tmp_path, GOOD)
+    lock = recipe.lock()  # type: ignore[attr-defined]
+    assert lock["name"] == "my-recipe"
+    assert lock["calibration"]["samples"] == 128
+    (step,) = lock["variants"]["int4"]["quantize"]
+    assert step["gptq"]["group_size"] == 64 and step["gptq"]["damp"] == 0.01
+    again = load(tmp_path, yaml.safe_dump(lock))
+    assert again.lock() == lock  # type: ignore[attr-defined]
+
+
+def test_an_algorithm_may_be_named_alone(tmp_path: Path) -> None:
+    text = "version: 1\nmodel: {source: a/b}\nvariants: {v: {quantize: [rtn]}}\n"
+    (step,) = load(tmp_path, text).variants["v"].quantize  # type: ignore[attr-defined]
+    assert step.dump()["rtn"]["scheme"] == "W4A16"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        (GOOD.replace("calibration:", "calibraton:"), 3, "did you mean 'calibration'"),
+        (GOOD.replace("group_size", "groupsize"), 7, "did you mean 'group_size'"),
+        (GOOD.replace("gptq", "gptqq"), 7, "did you mean 'gptq'"),
+        (GOOD.replace("64", "many"), 7, "valid integer"),
+        (GOOD.replace("W4A16", "W4"), 7, "unknown scheme 'W4'"),
+        (GOOD.replace("int4:", "../int4:"), 5, "match pattern"),
+        (GOOD.replace("int4:", "baseline:"), 1, "always there"),
+        (GOOD.replace("version: 1", "version: 2"), 1, "version"),
+        (GOOD.replace("model: {source: org/name}", "model: {}"), 2, "model.source is missing"),
+        (GOOD.replace("model: {source: org/name}\n", ""), 1, "model is missing"),
+        (GOOD.replace('calibration: {source: "builtin:calibration"}\n', ""), 1, "`calibration:`"),
+        (GOOD + "version: 1\n", 8, "there twice"),
+        (GOOD + "\tx: 1\n", 8, "not valid YAML"),
+        (GOOD + "evaluate: &a {texts: []}\nmeasure: *a\n", 8, "aliases"),
+        (GOOD + "output: !!python/object/apply:os.system [ls]\n", 8, "not a plain value"),
+        (GOOD + "evaluate: {texts: [{name: a/b, source: x}]}\n", 8, "match pattern"),
+        (GOOD + "measure: {workload: {concurrency: [0]}}\n", 8, "greater than or equal to 1"),
+    ],
+)
+def test_a_fault_is_named_with_its_line(tmp_path: Path, text: str, line: int, words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, text)
+    assert words in str(caught.value)
+    assert f"my-recipe.yaml:{line}:" in str(caught.value)
+    assert caught.value.fix and caught.value.exit_code == 2
+
+
+def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, GOOD.replace("source: org", "sorce: org").replace("64", "x"))
+    message = str(caught.value)
+    assert "'sorce'" in message and "valid integer" in message and "my-recipe.yaml:7" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty"),
+        (b"# only a comment\n", "empty"),
+        (b"- a\n- b\n", "mapping"),
+        (b"just text", "mapping"),
+        (b"version: 1\n\xff\xfe", "UTF-8"),
+        (b"x" * 2_000_000, "too large"),
+        (b"[" * 500, "YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load(tmp_path, content)
+
+
+def test_missing_recipe_suggests_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text(GOOD)
+    with pytest.raises(RecipeError, match=r"did you mean .*quickstart\.yaml"):
+        load_recipe(tmp_path / "quikstart.yaml")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.one_of(
+        st.text(max_size=200),
+        st.binary(max_size=200),
+        st.tuples(st.integers(0, len(GOOD)), st.text(max_size=8)).map(
+            lambda cut: GOOD[: cut[0]] + cut[1] + GOOD[cut[0] :]
+        ),
+    )
+)
+def test_nothing_but_a_recipe_error_comes_out(tmp_path_factory: pytest.TempPathFactory, text: str | bytes) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "r.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
+    try:
+        load_recipe(path)
+    except RecipeError as error:
+        assert str(error)
+
+
+def test_published_schema_and_reference_are_current() -> None:
+    schema = recipe_schema()
+    assert json.loads((ROOT / "schema" / "recipe.schema.json").read_text()) == schema
+    assert (ROOT / "docs" / "recipe.md").read_text() == render(schema)
+
+
+def test_every_key_is_documented() -> None:
+    def check(name: str, section: dict) -> None:
+        for key, value in section.get("properties", {}).items():
+            assert value.get("description"), f"{name}.{key} has no description"
+
+    schema = recipe_schema()
+    check("Recipe", schema)
+    for name, section in schema["$defs"].items():
+        check(name, section)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_committed_recipes_are_valid(path: Path) -> None:
+    load_recipe(path)
+    jsonschema.validate(yaml.safe_load(path.read_text()), recipe_schema())
+
+
+@pytest.mark.parametrize("source", ["Qwen/Qwen3-0.6B", "./a dir/m.gguf", "package:x/y.gguf", 'a"b: c'])
+def test_starter_recipe_is_valid(tmp_path: Path, source: str) -> None:
+    path = tmp_path / default_file(source)
+    path.write_text(starter(source, path.name))
+    assert load_recipe(path).model.source == source
