@@ -118,7 +118,6 @@ class Variant(_Section):
 
     quantize: list[Step] = Field(
         min_length=1,
-        max_length=1,
         description="Algorithms in the order in which they are applied, each `name: {options}`.",
     )
     ignore: list[str] = Field(
@@ -126,6 +125,14 @@ class Variant(_Section):
         description="Linears to leave as they are: names in the checkpoint, or regular expressions "
         "that match the whole name.",
     )
+
+    @field_validator("quantize")
+    @classmethod
+    def _ends_in_a_quantizer(cls, steps: list[Step]) -> list[Step]:
+        kinds = [registry.get(step.algorithm).kind for step in steps]
+        if kinds[-1] != "weights" or "weights" in kinds[:-1]:
+            raise ValueError("the last step, and only it, must be a quantizer such as gptq or rtn")
+        return steps
 
     @field_validator("ignore")
     @classmethod

@@ -157,7 +157,9 @@ def quantize(context: Context) -> dict[str, Any]:
     from compressor.models.architecture import CausalLM
     from compressor.quantize.driver import quantize_model
 
-    algorithm = _algorithm(context.config["steps"], _scale_dtype(context.need("load")))
+    transforms, algorithm = _algorithms(
+        context.config["steps"], _scale_dtype(context.need("load"))
+    )
     calibration = context.find("calibrate")
     tokens = np.load(calibration.path / "tokens.npy") if calibration else None
     model = CausalLM.open(context.model_dir)
@@ -172,6 +174,7 @@ def quantize(context: Context) -> dict[str, Any]:
             model,
             algorithm,
             context.directory,
+            transforms=transforms,
             tokens=tokens,
             ignore=context.config["ignore"],
             batch_size=context.config.get("batch_size", 1),
@@ -183,7 +186,7 @@ def quantize(context: Context) -> dict[str, Any]:
 def export(context: Context) -> dict[str, Any]:
     """Write one variant in one format, with the hash of every file."""
     from compressor.export import compressed_tensors as formats
-    from compressor.quantize.driver import iterate_quantized
+    from compressor.quantize.driver import iterate_quantized, replaced_tensors
 
     load, quantized = context.need("load"), context.find("quantize")
     # Keys of the inputs identify every setting that made this artifact; times stay out of it.
@@ -211,6 +214,7 @@ def export(context: Context) -> dict[str, Any]:
                 ignore,
                 provenance,
                 target,
+                replaced=replaced_tensors(quantized.path),
             )
     size = sum(p.stat().st_size for p in target.iterdir())
     return {"format": context.config["format"], "size_bytes": size}
@@ -310,12 +314,17 @@ def _tokenizer(context: Context) -> Any:
     return AutoTokenizer.from_pretrained(context.model_dir)
 
 
-def _algorithm(steps: list[dict[str, Any]], scale_dtype: Any) -> Any:
+def _algorithms(steps: list[dict[str, Any]], scale_dtype: Any) -> tuple[list[Any], Any]:
+    """(transforms, quantizer) of a variant's steps."""
     from compressor.quantize import registry
 
-    ((name, options),) = steps[-1].items()
-    cls = registry.get(name)
-    return cls(cls.Options(**options), scale_dtype=scale_dtype)
+    made = []
+    for step in steps:
+        ((name, options),) = step.items()
+        cls = registry.get(name)
+        settings = cls.Options(**options)
+        made.append(cls(settings, scale_dtype) if cls.kind == "weights" else cls(settings))
+    return made[:-1], made[-1]
 
 
 def _scale_dtype(load: StoredStage) -> Any:
@@ -336,7 +345,7 @@ def _quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn
 
     from compressor.models.architecture import CausalLM
     from compressor.numerics.linear import QuantizedLinear
-    from compressor.quantize.driver import iterate_quantized
+    from compressor.quantize.driver import iterate_quantized, replaced_tensors
 
     scheme = _scheme(quantized)
     model = CausalLM.open(directory)
@@ -348,6 +357,7 @@ def _quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn
             tensor, scheme, bias, kernel="reference", dtype=torch.float32
         )
         model.replace_linear(ref, linear)
-    return model.load_full(torch.float32, device)
+    replaced = replaced_tensors(quantized.path)
+    return model.load_full(torch.float32, device, replaced)
 
 

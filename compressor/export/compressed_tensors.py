@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def export(
     ignore: Sequence[str],
     provenance: dict[str, Any],
     directory: Path,
-    advance: Callable[[int], None] = lambda n: None,
+    replaced: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a complete artifact directory; equal inputs give equal bytes.
 
@@ -110,7 +110,7 @@ def export(
         ignore: names of linears left unquantized.
         provenance: written as ``compression.json``; must hold no times.
         directory: receives the artifact.
-        advance: called with the bytes written so far as they grow.
+        replaced: unquantized tensors that differ from the baseline's, by name.
     """
     directory.mkdir(parents=True, exist_ok=True)
     source = Checkpoint(model_dir)
@@ -121,13 +121,11 @@ def export(
         dtype = source.dtype(f"{name}.weight")
         for key, value in _tensors(tensor, scheme, dtype).items():
             writer.add(f"{name}.{key}", value)
-            advance(value.nbytes)
         done.add(f"{name}.weight")
     for name in source.names:
         if name not in done:
-            value = source.tensor(name)
-            writer.add(name, value)
-            advance(value.nbytes)
+            value = (replaced or {}).get(name)
+            writer.add(name, source.tensor(name) if value is None else value)
     writer.close()
     config["quantization_config"] = quantization_config(scheme, ignore)
     _write_json(directory / "config.json", config)

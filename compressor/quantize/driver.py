@@ -8,7 +8,8 @@ Linears that share an input (q/k/v, gate/up) share one statistic.
 Output, format-neutral and readable block by block:
 
     block-00000.safetensors   {linear}.codes int8 [out, in], .scale float32 [out, groups],
-                              .zero_point int8 [out, groups] and .g_idx int32 [in] where used
+                              .zero_point int8 [out, groups] and .g_idx int32 [in] where used;
+                              {parameter}.replaced: unquantized tensors that a transform changed
     layers.jsonl              one line per linear: scheme, error, RTN's error, fallback
 """
 
@@ -20,7 +21,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,14 +31,16 @@ from safetensors.torch import load_file, save_file
 
 from compressor.errors import RunError
 from compressor.models.architecture import BlockInputs, CausalLM, LinearRef
+from compressor.models.folding import Producer, find_producers
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import Scheme
 from compressor.quantize.registry import WeightResult
-from compressor.quantize.statistics import HessianAccumulator
+from compressor.quantize.statistics import InputStatistics
 
 CHECKPOINT_SECONDS = float(os.environ.get("COMPRESSOR_CHECKPOINT_SECONDS", "20"))
 LAYERS = "layers.jsonl"
 _RESUME = "resume.safetensors"
+FOLD_TOLERANCE = 1e-3  # relative change of a block's output that rounding alone explains
 
 
 class WeightAlgorithm(Protocol):
@@ -52,12 +54,16 @@ class WeightAlgorithm(Protocol):
     def quantize(self, weight: torch.Tensor, hessian: torch.Tensor | None) -> WeightResult: ...
 
 
-@dataclass(frozen=True)
-class Target:
-    """A linear to quantize, by its name in the checkpoint."""
+class Transform(Protocol):
+    """What the driver needs of an algorithm that moves scale between layers beforehand."""
 
-    ref: LinearRef
-    block: int
+    def scales(
+        self,
+        weights: Sequence[torch.Tensor],
+        absmax: torch.Tensor,
+        rows: torch.Tensor,
+        scheme: Scheme,
+    ) -> torch.Tensor: ...
 
 
 def is_ignored(name: str, ignore: Sequence[str]) -> bool:
@@ -71,6 +77,7 @@ def quantize_model(
     algorithm: WeightAlgorithm,
     directory: Path,
     *,
+    transforms: Sequence[Transform] = (),
     tokens: np.ndarray | None = None,
     ignore: Sequence[str] = (),
     batch_size: int = 8,
@@ -83,7 +90,8 @@ def quantize_model(
         model: the opened model (weights are read block by block).
         algorithm: an instance from `compressor.quantize.registry`.
         directory: receives the files named in this module's docstring.
-        tokens: int32 [samples, length], needed when the algorithm needs a Hessian.
+        transforms: applied to each block in this order, before the algorithm.
+        tokens: int32 [samples, length], needed when the algorithm or a transform has statistics.
         ignore: names or regular expressions of linears to leave as they are.
         batch_size: samples per forward; lowered to a divisor of the number of samples.
         device: where blocks are run and solved.
@@ -102,9 +110,9 @@ def quantize_model(
         for index in range(len(model.blocks))
         for name, reason in model.skipped(index)
     ] + [{"name": name, "reason": reason} for name, reason in model.outside_linears()]
-    walk = _Walk(model, algorithm, directory, ignore, device)
+    walk = _Walk(model, algorithm, transforms, directory, ignore, device)
     first = walk.resume_point()
-    if algorithm.needs_hessian:
+    if walk.needs_statistics:
         if tokens is None:
             raise RunError("this algorithm needs calibration tokens", fix="add `calibration:`")
         walk.start(tokens, batch_size, first)
@@ -126,7 +134,7 @@ def quantize_model(
     (directory / _RESUME).unlink(missing_ok=True)
     return {
         "seconds": time.perf_counter() - started,
-        "tokens": 0 if tokens is None or not algorithm.needs_hessian else int(tokens.size),
+        "tokens": int(tokens.size) if tokens is not None and walk.needs_statistics else 0,
         "resumed_at_block": first,
         "scheme": algorithm.scheme.to_dict(),
         "coverage": {
@@ -145,12 +153,15 @@ class _Walk:
         self,
         model: CausalLM,
         algorithm: WeightAlgorithm,
+        transforms: Sequence[Transform],
         directory: Path,
         ignore: Sequence[str],
         device: str,
     ) -> None:
         self.model = model
         self.algorithm = algorithm
+        self.transforms = transforms
+        self.needs_statistics = algorithm.needs_hessian or bool(transforms)
         self.directory = directory
         self.ignore = ignore
         self.device = device
@@ -164,7 +175,7 @@ class _Walk:
         done = 0
         while _block_file(self.directory, done).exists():
             done += 1
-        if self.algorithm.needs_hessian:
+        if self.needs_statistics:
             # Blocks can only follow from activations: go back to the last ones that were saved.
             path = self.directory / _RESUME
             saved = 0
@@ -203,14 +214,21 @@ class _Walk:
         model.load_block(index, self.device, torch.float32)
         targets = [r for r in model.linears(index) if not is_ignored(r.name, self.ignore)]
         left = [r for r in model.linears(index) if is_ignored(r.name, self.ignore)]
-        statistics = self._collect(index, targets) if self.algorithm.needs_hessian else {}
+        statistics = self._collect(index, targets) if self.needs_statistics else {}
         tensors: dict[str, torch.Tensor] = {}
         records: list[dict[str, Any]] = [
             {"block": index, "name": r.name, "reason": "ignored by the recipe"} for r in left
         ]
+        names = {ref.name for ref in targets}
+        scaled, smoothing = self._transform(index, targets, statistics)
+        for parameter in sorted(scaled):
+            key = model.disk_name(parameter)
+            if key.removesuffix(".weight") not in names:
+                value = model.model.get_parameter(parameter).detach()
+                tensors[f"{key}.replaced"] = value.to(model.checkpoint.dtype(key)).cpu()
         for ref in targets:
             seen = statistics.get(ref.input_group)
-            result = self._solve(ref, seen)
+            result = self._solve(ref, seen, smoothing.get(ref.input_group))
             tensors |= _flatten(ref.name, result.tensor)
             records.append(
                 {
@@ -227,7 +245,7 @@ class _Walk:
             )
             with torch.no_grad():
                 ref.module.weight.copy_(result.tensor.dequantize().to(ref.module.weight.device))
-        if self.algorithm.needs_hessian and not last:
+        if self.needs_statistics and not last:
             self._forward(index, keep=True)
         model.unload_block(index)
         _append_synced(self.directory / LAYERS, [json.dumps(r) for r in records])
@@ -241,18 +259,18 @@ class _Walk:
         worst = max(errors, default=0.0)
         return f"block {index}: worst relative error {worst:.2e}"
 
-    def _collect(self, index: int, targets: list[LinearRef]) -> dict[str, HessianAccumulator]:
+    def _collect(self, index: int, targets: list[LinearRef]) -> dict[str, InputStatistics]:
         """Run the block over the calibration set; one Hessian for each distinct input."""
-        found: dict[str, HessianAccumulator] = {}
+        found: dict[str, InputStatistics] = {}
         handles = []
         for ref in targets:
             if ref.input_group in found:
                 continue
-            accumulator = HessianAccumulator(ref.module.in_features, self.device)
+            accumulator = InputStatistics(ref.module.in_features, self.device)
             found[ref.input_group] = accumulator
 
             def hook(
-                module: torch.nn.Module, args: tuple, into: HessianAccumulator = accumulator
+                module: torch.nn.Module, args: tuple, into: InputStatistics = accumulator
             ) -> None:
                 into.update(args[0])
 
@@ -261,6 +279,44 @@ class _Walk:
         for handle in handles:
             handle.remove()
         return found
+
+    def _transform(
+        self, index: int, targets: list[LinearRef], statistics: dict[str, InputStatistics]
+    ) -> tuple[set[str], dict[str, torch.Tensor]]:
+        """Apply the transforms; returns the parameters that were changed, and the divisors of each
+        input group (by which its Hessian, taken before, is divided on both sides)."""
+        changed: set[str] = set()
+        divisors: dict[str, torch.Tensor] = {}
+        if not self.transforms:
+            return changed, divisors
+        assert self.hidden is not None and self.inputs is not None
+        sample = self.hidden[: self.batch].to(self.device)
+        for producer in find_producers(self.model, index, sample, self.inputs, targets):
+            seen = statistics.get(producer.input_group)
+            if seen is None or not seen.tokens:
+                continue
+            weights = [ref.module.weight.detach() for ref in producer.consumers]
+            absmax, rows = seen.absmax.clone(), seen.rows
+            for transform in self.transforms:
+                scale = transform.scales(weights, absmax, rows, self.algorithm.scheme)
+                if bool((scale != 1).any()):
+                    divisors[producer.input_group] = self._fold(index, producer, scale, sample)
+                    changed |= producer.parameters
+        return changed, divisors
+
+    def _fold(
+        self, index: int, producer: Producer, scale: torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
+        """Move a scale over; taken back when the block's output does not stay the same."""
+        assert self.inputs is not None
+        with torch.no_grad():
+            before = self.model.run_block(index, sample, self.inputs)
+            applied = producer.apply(scale)
+            after = self.model.run_block(index, sample, self.inputs)
+            if float((after - before).norm() / before.norm()) > FOLD_TOLERANCE:
+                producer.undo()
+                return torch.ones_like(scale)
+        return applied
 
     def _forward(self, index: int, *, keep: bool) -> None:
         assert self.hidden is not None and self.inputs is not None
@@ -271,17 +327,20 @@ class _Walk:
                 if keep:
                     self.hidden[part] = out.cpu()
 
-    def _solve(self, ref: LinearRef, seen: HessianAccumulator | None) -> WeightResult:
+    def _solve(
+        self, ref: LinearRef, seen: InputStatistics | None, divisor: torch.Tensor | None
+    ) -> WeightResult:
         weight = ref.module.weight.detach().to(torch.float32)
         hessian = None
         if self.algorithm.needs_hessian:
             # An expert that no token reached has no statistics: round to nearest (identity H).
             reached = seen is not None and seen.tokens > 0
-            hessian = (
-                seen.result()
-                if reached and seen is not None
-                else torch.eye(weight.shape[1], device=weight.device)
-            )
+            if reached and seen is not None:
+                hessian = seen.hessian.result()
+                if divisor is not None:
+                    hessian /= divisor.unsqueeze(0) * divisor.unsqueeze(1)
+            else:
+                hessian = torch.eye(weight.shape[1], device=weight.device)
         try:
             return self.algorithm.quantize(weight, hessian)
         except ValueError as error:
@@ -328,6 +387,17 @@ def iterate_quantized(directory: Path, scheme: Scheme) -> Iterator[tuple[str, Qu
                         scheme=scheme.weights,
                     ),
                 )
+
+
+def replaced_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Unquantized tensors that a transform changed (norm weights), by name in the checkpoint."""
+    found = {}
+    for path in sorted(directory.glob("block-*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                if key.endswith(".replaced"):
+                    found[key.removesuffix(".replaced")] = file.get_tensor(key).clone()
+    return found
 
 
 def _flatten(name: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:

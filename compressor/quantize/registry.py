@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from compressor.numerics.quantized import QuantizedTensor
 
 ENTRY_POINT_GROUP = "compressor.algorithms"
-_BUILT_IN = ("rtn", "gptq")
-_REGISTRY: dict[str, type[Algorithm]] = {}
+_BUILT_IN = ("smoothquant", "rtn", "gptq")
+_REGISTRY: dict[str, Any] = {}
 
 
 class SchemeOptions(BaseModel):
@@ -80,7 +80,11 @@ class WeightResult:
 
 
 class Algorithm(Protocol):
-    """A weight quantizer: ``Options`` are its settings in a recipe."""
+    """A weight quantizer (``kind`` is "weights"): ``Options`` are its settings in a recipe.
+
+    A ``kind`` of "transform" marks an algorithm that prepares a block for the quantizer after it;
+    it is made from its options alone and has `scales` (see `compressor.quantize.smoothquant`).
+    """
 
     Options: ClassVar[type[BaseModel]]
     kind: ClassVar[str]
@@ -121,8 +125,8 @@ def names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def get(name: str) -> type[Algorithm]:
-    """The algorithm of that name; KeyError when there is none."""
+def get(name: str) -> Any:
+    """The class of that name, an `Algorithm` or a transform; KeyError when there is none."""
     _discover()
     return _REGISTRY[name]
 

@@ -1,10 +1,46 @@
-"""Second moments of a linear's input, the Hessian of its output error."""
+"""What is remembered of a linear's input: its second moments (the Hessian of the output error),
+the largest magnitude of each channel, and some rows."""
 
 from __future__ import annotations
 
 import torch
 
 _LEAF = 256
+_ROWS_PER_UPDATE = 32
+_MAX_ROWS = 512
+
+
+class InputStatistics:
+    """Everything that algorithms ask about one input, from a single pass.
+
+    Args:
+        in_features: width of the input.
+        device: where the statistics are held (float32).
+    """
+
+    def __init__(self, in_features: int, device: str | torch.device = "cpu") -> None:
+        self.hessian = HessianAccumulator(in_features, device)
+        self.absmax = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self._rows: list[torch.Tensor] = []
+
+    @property
+    def tokens(self) -> int:
+        return self.hessian.tokens
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """Some of the inputs, float32 [n, in], n at most 512, spread evenly over each batch."""
+        return torch.cat(self._rows)[:_MAX_ROWS]
+
+    def update(self, x: torch.Tensor) -> None:
+        """Add inputs [..., in_features]."""
+        flat = x.detach().reshape(-1, x.shape[-1]).to(self.absmax.device, torch.float32)
+        if not len(flat):
+            return
+        self.hessian.update(flat)
+        self.absmax = torch.maximum(self.absmax, flat.abs().amax(0))
+        if len(self._rows) * _ROWS_PER_UPDATE < _MAX_ROWS:
+            self._rows.append(flat[:: max(len(flat) // _ROWS_PER_UPDATE, 1)][:_ROWS_PER_UPDATE].clone())
 
 
 class HessianAccumulator:
