@@ -79,7 +79,12 @@ class Stage:
         """The key when its inputs have ``keys``; inputs that are missing there are left out."""
         inputs = {name: keys[name] for name in self.inputs if name in keys}
         return content_key(
-            {"kind": self.kind, "config": self.config, "in": inputs, "code": code_version(self.kind)}
+            {
+                "kind": self.kind,
+                "config": self.config,
+                "in": inputs,
+                "code": code_version(self.kind),
+            }
         )
 
 
@@ -189,9 +194,7 @@ class _Builder:
     ) -> str:
         # Settings go through JSON so that a key never depends on how a value is held in memory.
         plain = json.loads(json.dumps(config))
-        draft = Stage(
-            name, kind, variant, plain, tuple(inputs), "", False, estimate, local or {}
-        )
+        draft = Stage(name, kind, variant, plain, tuple(inputs), "", False, estimate, local or {})
         key = draft.key_given({n: self.stages[n].key for n in inputs})
         cached = self.store.get(key) is not None
         if cached:

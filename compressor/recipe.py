@@ -132,6 +132,8 @@ class Variant(_Section):
         kinds = [registry.get(step.algorithm).kind for step in steps]
         if kinds[-1] != "weights" or "weights" in kinds[:-1]:
             raise ValueError("the last step, and only it, must be a quantizer such as gptq or rtn")
+        if len(steps) > 2:
+            raise ValueError("at most one step may stand before the quantizer")
         return steps
 
     @field_validator("ignore")
@@ -291,7 +293,9 @@ def recipe_model() -> type[Recipe]:
     }
     step = create_model("Step", __base__=Step, **options)
     variant = create_model(
-        "Variant", __base__=Variant, quantize=(list[step], Variant.model_fields["quantize"])  # type: ignore[valid-type]
+        "Variant",
+        __base__=Variant,
+        quantize=(list[step], Variant.model_fields["quantize"]),  # type: ignore[valid-type]
     )
     return create_model(
         "Recipe",
@@ -338,7 +342,11 @@ def _compose(path: Path) -> yaml.Node:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, _yaml_files(path.parent), 1)
-        hint = f"did you mean {path.with_name(near[0])}?" if near else "`compress init MODEL` writes one"
+        hint = (
+            f"did you mean {path.with_name(near[0])}?"
+            if near
+            else "`compress init MODEL` writes one"
+        )
         raise RecipeError("there is no such recipe", where=str(path), fix=hint) from None
     except UnicodeDecodeError as error:
         raise RecipeError(
@@ -362,7 +370,9 @@ def _compose(path: Path) -> yaml.Node:
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(f"not valid YAML: {detail}", where=str(path), fix="mend it") from None
     if node is None:
-        raise RecipeError("the file is empty", where=str(path), fix="`compress init MODEL` writes one")
+        raise RecipeError(
+            "the file is empty", where=str(path), fix="`compress init MODEL` writes one"
+        )
     return node
 
 
@@ -377,7 +387,9 @@ def _plain(node: yaml.Node, path: Path) -> Any:
     def check(item: yaml.Node, depth: int) -> None:
         where = f"{path}:{item.start_mark.line + 1}"
         if id(item) in seen:
-            raise RecipeError("YAML aliases (*) are not used in recipes", where=where, fix="write it out")
+            raise RecipeError(
+                "YAML aliases (*) are not used in recipes", where=where, fix="write it out"
+            )
         if depth > 20:
             raise RecipeError("nested too deeply", where=where, fix="no recipe needs this")
         seen.add(id(item))
@@ -386,7 +398,9 @@ def _plain(node: yaml.Node, path: Path) -> Any:
             for key, value in item.value:
                 line = key.start_mark.line + 1
                 if not isinstance(key, yaml.ScalarNode):
-                    raise RecipeError("a key must be plain text", where=f"{path}:{line}", fix="mend it")
+                    raise RecipeError(
+                        "a key must be plain text", where=f"{path}:{line}", fix="mend it"
+                    )
                 if key.value in keys:
                     raise RecipeError(
                         f"key {key.value!r} is there twice (first on line {keys[key.value]})",
@@ -409,7 +423,9 @@ def _plain(node: yaml.Node, path: Path) -> Any:
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise RecipeError(
-            f"not a plain value: {problem}", where=f"{path}{line}", fix="use text, numbers and lists"
+            f"not a plain value: {problem}",
+            where=f"{path}{line}",
+            fix="use text, numbers and lists",
         ) from None
 
 
@@ -451,7 +467,9 @@ def _line(root: yaml.Node, loc: tuple[int | str, ...]) -> int:
                     break
             else:
                 break
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        elif (
+            isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value)
+        ):
             node = node.value[part]
             line = node.start_mark.line + 1
         else:
@@ -465,11 +483,17 @@ def _valid_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]
     for part in loc:
         if isinstance(part, int):
             current = next(_models(current), current)
-        elif isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields:
+        elif (
+            isinstance(current, type)
+            and issubclass(current, BaseModel)
+            and part in current.model_fields
+        ):
             current = current.model_fields[part].annotation
         else:  # a key of a mapping such as `variants`
             current = next(_models(current), current)
-        if not (isinstance(current, type) and issubclass(current, BaseModel)) and not _is_container(current):
+        if not (isinstance(current, type) and issubclass(current, BaseModel)) and not _is_container(
+            current
+        ):
             current = next(_models(current), current)
     if isinstance(current, type) and issubclass(current, BaseModel):
         return [name for name in current.model_fields if name != "path"]

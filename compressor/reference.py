@@ -37,7 +37,11 @@ def _section(name: str, schema: dict[str, Any]) -> str:
 
 def _default(value: dict[str, Any]) -> str:
     default = value.get("default")
-    return "" if default is None else f"`{str(default).lower() if isinstance(default, bool) else default}`"
+    return (
+        ""
+        if default is None
+        else f"`{str(default).lower() if isinstance(default, bool) else default}`"
+    )
 
 
 def _type(value: dict[str, Any]) -> str:
@@ -53,6 +57,8 @@ def _type(value: dict[str, Any]) -> str:
     if value.get("type") == "array":
         return f"list of {_type(value['items'])}"
     if value.get("type") == "object":
-        inner = value.get("additionalProperties") or next(iter(value.get("patternProperties", {}).values()), {})
+        inner = value.get("additionalProperties") or next(
+            iter(value.get("patternProperties", {}).values()), {}
+        )
         return f"mapping of name to {_type(inner)}"
     return str(value.get("type", "any"))

@@ -1,8 +1,8 @@
 """Execute a plan: run what the store lacks, then lay out the run directory and its report.
 
-    runs/<recipe name>/<date>-<plan key>/
-        recipe.lock.yaml  plan.json  environment.json  ledger.json  log.jsonl
-        samples/*.jsonl.gz   artifacts/<variant>/<format>/   report/{index.html,report.md,...}
+runs/<recipe name>/<date>-<plan key>/
+    recipe.lock.yaml  plan.json  environment.json  ledger.json  log.jsonl
+    samples/*.jsonl.gz   artifacts/<variant>/<format>/   report/{index.html,report.md,...}
 """
 
 from __future__ import annotations
@@ -78,9 +78,7 @@ def execute(plan: Plan, progress: Progress) -> RunResult:
     return _finish(plan, outcome, run_dir)
 
 
-def _run_stage(
-    plan: Plan, stage: Stage, outcome: _Outcome, progress: Progress, log: Path
-) -> None:
+def _run_stage(plan: Plan, stage: Stage, outcome: _Outcome, progress: Progress, log: Path) -> None:
     inputs = {name: outcome.done[name] for name in stage.inputs if name in outcome.done}
     key = stage.key_given({name: stored.key for name, stored in inputs.items()})
     stored = plan.store.get(key)

@@ -6,7 +6,6 @@ never loads torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,9 +156,7 @@ def quantize(context: Context) -> dict[str, Any]:
     from compressor.models.architecture import CausalLM
     from compressor.quantize.driver import quantize_model
 
-    transforms, algorithm = _algorithms(
-        context.config["steps"], _scale_dtype(context.need("load"))
-    )
+    transforms, algorithm = _algorithms(context.config["steps"], _scale_dtype(context.need("load")))
     calibration = context.find("calibrate")
     tokens = np.load(calibration.path / "tokens.npy") if calibration else None
     model = CausalLM.open(context.model_dir)
@@ -359,5 +356,3 @@ def _quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn
         model.replace_linear(ref, linear)
     replaced = replaced_tensors(quantized.path)
     return model.load_full(torch.float32, device, replaced)
-
-

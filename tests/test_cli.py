@@ -102,7 +102,12 @@ def test_faults_have_a_message_and_an_exit_code(
     config = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
     (project / "encoder" / "config.json").write_text(json.dumps(config))
     (project / "encoder" / "model.safetensors").write_bytes(b"")
-    sources = {"gone": "./gone", "hub": "org/name", "package": "package:nope/m.gguf", "encoder": "./encoder"}
+    sources = {
+        "gone": "./gone",
+        "hub": "org/name",
+        "package": "package:nope/m.gguf",
+        "encoder": "./encoder",
+    }
     for name, source in sources.items():
         (project / f"{name}.yaml").write_text(yaml.safe_dump(good | {"model": {"source": source}}))
     done = compress(*arguments, cwd=project)

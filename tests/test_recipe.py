@@ -121,7 +121,9 @@ def test_missing_recipe_suggests_the_nearest(tmp_path: Path) -> None:
         ),
     )
 )
-def test_nothing_but_a_recipe_error_comes_out(tmp_path_factory: pytest.TempPathFactory, text: str | bytes) -> None:
+def test_nothing_but_a_recipe_error_comes_out(
+    tmp_path_factory: pytest.TempPathFactory, text: str | bytes
+) -> None:
     path = tmp_path_factory.mktemp("fuzz") / "r.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
     try:
@@ -153,7 +155,9 @@ def test_committed_recipes_are_valid(path: Path) -> None:
     jsonschema.validate(yaml.safe_load(path.read_text()), recipe_schema())
 
 
-@pytest.mark.parametrize("source", ["Qwen/Qwen3-0.6B", "./a dir/m.gguf", "package:x/y.gguf", 'a"b: c'])
+@pytest.mark.parametrize(
+    "source", ["Qwen/Qwen3-0.6B", "./a dir/m.gguf", "package:x/y.gguf", 'a"b: c']
+)
 def test_starter_recipe_is_valid(tmp_path: Path, source: str) -> None:
     path = tmp_path / default_file(source)
     path.write_text(starter(source, path.name))

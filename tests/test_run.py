@@ -93,7 +93,11 @@ def test_run_makes_artifacts_figures_and_reports(project: Path) -> None:
             ["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=directory, capture_output=True
         )
         assert check.returncode == 0
-        listed = {line.split("  ")[1] for line in (directory / "SHA256SUMS").read_text().split("\n") if line}
+        listed = {
+            line.split("  ")[1]
+            for line in (directory / "SHA256SUMS").read_text().split("\n")
+            if line
+        }
         assert listed == {p.name for p in directory.iterdir()} - {"SHA256SUMS"}
 
 
@@ -146,7 +150,9 @@ def test_killed_run_resumes_to_the_same_bytes(project: Path, tmp_path: Path, blo
     done = compress(project)
     assert done.returncode == 0, done.stderr
     assert artifacts(project) == artifacts(whole)
-    manifests = [json.loads(p.read_text()) for p in project.glob(".compressor/objects/*/*/stage.json")]
+    manifests = [
+        json.loads(p.read_text()) for p in project.glob(".compressor/objects/*/*/stage.json")
+    ]
     (resumed,) = [m["result"]["resumed_at_block"] for m in manifests if m["kind"] == "quantize"]
     assert resumed >= block
 
@@ -183,7 +189,9 @@ def test_bad_input_is_one_clear_error(
     assert done.returncode in code
     assert words in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    assert not list((project / "runs").glob("*/*/artifacts")) if (project / "runs").exists() else True
+    assert (
+        not list((project / "runs").glob("*/*/artifacts")) if (project / "runs").exists() else True
+    )
 
 
 def test_full_disk_is_refused_before_work(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

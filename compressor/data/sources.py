@@ -65,7 +65,9 @@ def load_texts(
         rows = _hub(source, split or "train", field)
     texts = [text for row in rows if (text := _text(row, field, source, tokenizer)).strip()]
     if not texts:
-        raise RecipeError("the text is empty", where=source, fix="give a source with some text in it")
+        raise RecipeError(
+            "the text is empty", where=source, fix="give a source with some text in it"
+        )
     return texts
 
 
@@ -78,7 +80,9 @@ def _read(path: Path, field: str) -> list[Any]:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(
-            f"the file is not UTF-8 (byte {error.start})", where=str(path), fix="convert it to UTF-8"
+            f"the file is not UTF-8 (byte {error.start})",
+            where=str(path),
+            fix="convert it to UTF-8",
         ) from error
     if path.suffix == ".jsonl":
         rows = []
@@ -88,7 +92,9 @@ def _read(path: Path, field: str) -> list[Any]:
             try:
                 rows.append(json.loads(line))
             except ValueError as error:
-                raise RecipeError("the line is not JSON", where=f"{path}:{number}", fix="mend it") from error
+                raise RecipeError(
+                    "the line is not JSON", where=f"{path}:{number}", fix="mend it"
+                ) from error
         return rows
     if path.suffix == ".json":
         try:
@@ -117,7 +123,9 @@ def _text(row: Any, field: str, source: str, tokenizer: Any) -> str:
     if isinstance(row, str):
         return row
     if not isinstance(row, dict):
-        raise RecipeError("a row is neither a text nor an object", where=source, fix="use JSON objects")
+        raise RecipeError(
+            "a row is neither a text nor an object", where=source, fix="use JSON objects"
+        )
     value = row.get(field, row.get("messages"))
     if isinstance(value, str):
         return value

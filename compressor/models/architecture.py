@@ -287,6 +287,10 @@ class CausalLM:
     def load_full(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
         """The whole model with every weight that is not there yet; tied weights stay tied."""
         self._load("", self.model, device, dtype)
+        for name, parameter in self.model.named_parameters():
+            value = (replaced or {}).get(self.disk_name(name))
+            if value is not None:
+                parameter.data.copy_(value)
         self.model.tie_weights()
         missing = [name for name, p in self.model.named_parameters() if p.is_meta]
         if missing:

@@ -92,8 +92,8 @@ def find_producers(
     hidden: torch.Tensor,
     inputs: BlockInputs,
     targets: list[LinearRef],
-) -> list[Producer]:
-    """Producers of a loaded block, found by running it once and seeing which tensors are passed on.
+) -> tuple[list[Producer], torch.Tensor]:
+    """Producers of a loaded block and its output, found by running it once and seeing which tensors are passed on.
 
     Args:
         hidden: [batch, length, hidden], an input of the block.
@@ -122,7 +122,7 @@ def find_producers(
 
             handles.append(module.register_forward_hook(note_made))
     try:
-        model.run_block(index, hidden, inputs)
+        out = model.run_block(index, hidden, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -138,4 +138,4 @@ def find_producers(
         before = by_path.get(f"{parent}.up_proj")
         if leaf == "down_proj" and before is not None:
             found.append(Producer(before.path, before.module, [ref], torch.float32))
-    return found
+    return found, out

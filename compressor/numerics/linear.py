@@ -19,7 +19,9 @@ class QuantizedLinear(nn.Module):
         kernel_name: what really computes the product.
     """
 
-    def __init__(self, kernel: kernels.Kernel, bias: torch.Tensor | None, out_features: int) -> None:
+    def __init__(
+        self, kernel: kernels.Kernel, bias: torch.Tensor | None, out_features: int
+    ) -> None:
         super().__init__()
         self.kernel = kernel
         self.kernel_name = kernel.name
@@ -60,4 +62,3 @@ class QuantizedLinear(nn.Module):
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
-

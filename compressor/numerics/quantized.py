@@ -41,7 +41,9 @@ class QuantizedTensor:
             raise ValueError("a zero point is stored exactly when the grid is asymmetric")
         low, high = int(self.codes.min()), int(self.codes.max())
         if low < self.scheme.minimum or high > self.scheme.maximum:
-            raise ValueError(f"codes reach from {low} to {high}, beyond {self.scheme.num_bits} bits")
+            raise ValueError(
+                f"codes reach from {low} to {high}, beyond {self.scheme.num_bits} bits"
+            )
         if self.g_idx is not None and int(self.g_idx.max()) >= groups:
             raise ValueError("g_idx names a group that does not exist")
 

@@ -68,9 +68,7 @@ class Scheme:
     input_activations: ActivationScheme | None = None
 
     @classmethod
-    def parse(
-        cls, name: str, group_size: int | None = None, symmetric: bool = True
-    ) -> Scheme:
+    def parse(cls, name: str, group_size: int | None = None, symmetric: bool = True) -> Scheme:
         """From a name W{2,3,4,8}A{16,8}.
 
         Args:

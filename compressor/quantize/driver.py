@@ -90,7 +90,7 @@ def quantize_model(
         model: the opened model (weights are read block by block).
         algorithm: an instance from `compressor.quantize.registry`.
         directory: receives the files named in this module's docstring.
-        transforms: applied to each block in this order, before the algorithm.
+        transforms: applied to each block before the algorithm; at most one so far.
         tokens: int32 [samples, length], needed when the algorithm or a transform has statistics.
         ignore: names or regular expressions of linears to leave as they are.
         batch_size: samples per forward; lowered to a divisor of the number of samples.
@@ -284,39 +284,35 @@ class _Walk:
         self, index: int, targets: list[LinearRef], statistics: dict[str, InputStatistics]
     ) -> tuple[set[str], dict[str, torch.Tensor]]:
         """Apply the transforms; returns the parameters that were changed, and the divisors of each
-        input group (by which its Hessian, taken before, is divided on both sides)."""
+        input group (by which its Hessian, taken before, is divided on both sides).
+
+        The block's output on one batch must stay the same, else everything is taken back."""
         changed: set[str] = set()
         divisors: dict[str, torch.Tensor] = {}
         if not self.transforms:
             return changed, divisors
         assert self.hidden is not None and self.inputs is not None
         sample = self.hidden[: self.batch].to(self.device)
-        for producer in find_producers(self.model, index, sample, self.inputs, targets):
+        producers, before = find_producers(self.model, index, sample, self.inputs, targets)
+        applied: list[Producer] = []
+        for producer in producers:
             seen = statistics.get(producer.input_group)
             if seen is None or not seen.tokens:
                 continue
             weights = [ref.module.weight.detach() for ref in producer.consumers]
-            absmax, rows = seen.absmax.clone(), seen.rows
             for transform in self.transforms:
-                scale = transform.scales(weights, absmax, rows, self.algorithm.scheme)
+                scale = transform.scales(weights, seen.absmax, seen.rows, self.algorithm.scheme)
                 if bool((scale != 1).any()):
-                    divisors[producer.input_group] = self._fold(index, producer, scale, sample)
+                    divisors[producer.input_group] = producer.apply(scale)
                     changed |= producer.parameters
-        return changed, divisors
-
-    def _fold(
-        self, index: int, producer: Producer, scale: torch.Tensor, sample: torch.Tensor
-    ) -> torch.Tensor:
-        """Move a scale over; taken back when the block's output does not stay the same."""
-        assert self.inputs is not None
+                    applied.append(producer)
         with torch.no_grad():
-            before = self.model.run_block(index, sample, self.inputs)
-            applied = producer.apply(scale)
             after = self.model.run_block(index, sample, self.inputs)
-            if float((after - before).norm() / before.norm()) > FOLD_TOLERANCE:
+        if float((after - before).norm() / before.norm()) > FOLD_TOLERANCE:
+            for producer in reversed(applied):
                 producer.undo()
-                return torch.ones_like(scale)
-        return applied
+            return set(), {}
+        return changed, divisors
 
     def _forward(self, index: int, *, keep: bool) -> None:
         assert self.hidden is not None and self.inputs is not None
@@ -375,7 +371,7 @@ def iterate_quantized(directory: Path, scheme: Scheme) -> Iterator[tuple[str, Qu
 
                 def part(what: str, name: str = name, keys: set[str] = keys) -> Any:
                     full = f"{name}.{what}"
-                    return file.get_tensor(full).clone() if full in keys else None  # noqa: B023
+                    return file.get_tensor(full).clone() if full in keys else None
 
                 yield (
                     name,

@@ -91,7 +91,9 @@ class GPTQ:
         order = None
         if self.options.desc_act:
             order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
-        factor, damp = inverse_factor(hessian if order is None else hessian[order][:, order], self.options.damp)
+        factor, damp = inverse_factor(
+            hessian if order is None else hessian[order][:, order], self.options.damp
+        )
         tensor = self._round(weight, factor, order)
         error = relative_error(weight, tensor.dequantize(), hessian)
         if error > rtn.error:
@@ -108,7 +110,7 @@ class GPTQ:
         permuted = weight if order is None else weight[:, order]
         left = permuted.T.contiguous()  # [in, out]: a column of the weight is a contiguous row
         codes = torch.empty_like(left)
-        fixed = order is not None and self.options.static_groups or scheme.strategy != "group"
+        fixed = (order is not None and self.options.static_groups) or scheme.strategy != "group"
         scale = torch.empty(rows, groups, device=weight.device)
         zero = None if scheme.symmetric else torch.empty(rows, groups, device=weight.device)
         if fixed:

@@ -20,7 +20,7 @@ from compressor.numerics.kernels import quantize_rows
 from compressor.numerics.scheme import Scheme
 from compressor.quantize.registry import register
 
-_SEARCHED = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_SEARCHED = (0.4, 0.5, 0.6, 0.7, 0.8)
 
 
 class SmoothQuantOptions(BaseModel):

@@ -7,7 +7,7 @@ import torch
 
 _LEAF = 256
 _ROWS_PER_UPDATE = 32
-_MAX_ROWS = 512
+_MAX_ROWS = 256
 
 
 class InputStatistics:
@@ -29,7 +29,7 @@ class InputStatistics:
 
     @property
     def rows(self) -> torch.Tensor:
-        """Some of the inputs, float32 [n, in], n at most 512, spread evenly over each batch."""
+        """Some of the inputs, float32 [n, in], n at most 256, spread evenly over each batch."""
         return torch.cat(self._rows)[:_MAX_ROWS]
 
     def update(self, x: torch.Tensor) -> None:
@@ -40,7 +40,9 @@ class InputStatistics:
         self.hessian.update(flat)
         self.absmax = torch.maximum(self.absmax, flat.abs().amax(0))
         if len(self._rows) * _ROWS_PER_UPDATE < _MAX_ROWS:
-            self._rows.append(flat[:: max(len(flat) // _ROWS_PER_UPDATE, 1)][:_ROWS_PER_UPDATE].clone())
+            self._rows.append(
+                flat[:: max(len(flat) // _ROWS_PER_UPDATE, 1)][:_ROWS_PER_UPDATE].clone()
+            )
 
 
 class HessianAccumulator:

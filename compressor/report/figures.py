@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-MISSING = "–"  # noqa: RUF001 (an en dash marks an absent figure)
-_MINUS = "−"  # noqa: RUF001
+MISSING = "–"
+_MINUS = "−"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -67,7 +67,7 @@ def between(interval: Mapping[str, Any] | None, digits: int = 3) -> str:
 
 def ratio(interval: Mapping[str, Any] | None) -> str:
     """A ratio with a multiplication sign."""
-    return f"{number(interval['value'])}×" if interval else MISSING  # noqa: RUF001
+    return f"{number(interval['value'])}×" if interval else MISSING
 
 
 def change_interval(bounds: tuple[float, float] | list[float] | None) -> str:

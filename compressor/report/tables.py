@@ -79,7 +79,7 @@ def summary(report: Mapping[str, Any]) -> Table:
                 figures.percent(quality.get("top1_agreement"), 1),
                 figures.number(speed["value"]) if speed else figures.MISSING,
                 figures.number(cost["value"]) if cost else figures.MISSING,
-                "1×"  # noqa: RUF001
+                "1×"
                 if is_baseline and gain
                 else _stacked(figures.ratio(gain), figures.between(gain)),
             )
@@ -88,7 +88,7 @@ def summary(report: Mapping[str, Any]) -> Table:
     note = (
         "Perplexity change: on the text where it is worst. Top-1 agreement: share of positions "
         "where the most likely token is the baseline's. Cost gain: baseline cost / variant cost, "
-        "above 1× is cheaper. Second lines are 95% confidence intervals."  # noqa: RUF001
+        "above 1× is cheaper. Second lines are 95% confidence intervals."
     )
     if concurrency is not None:
         note += (
@@ -182,7 +182,7 @@ def performance(report: Mapping[str, Any]) -> Table:
                     _stacked(figures.number(cost["value"]), figures.between(cost))
                     if cost
                     else figures.MISSING,
-                    "1×"  # noqa: RUF001
+                    "1×"
                     if variant["name"] == report["baseline"] and gain
                     else _stacked(figures.ratio(gain), figures.between(gain)),
                 )

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
     GraniteConfig,
     LlamaConfig,
     OPTConfig,
-    AutoModelForCausalLM,
 )
 
 from compressor.errors import RunError

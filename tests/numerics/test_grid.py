@@ -82,7 +82,9 @@ def test_scheme_names() -> None:
     four = Scheme.parse("W4A16")
     assert (four.weights.strategy, four.weights.group_size) == ("group", 128)
     assert Scheme.parse("W4A16", -1).weights.strategy == "channel"
-    assert Scheme.from_dict(Scheme.parse("W4A8", 32, False).to_dict()) == Scheme.parse("W4A8", 32, False)
+    assert Scheme.from_dict(Scheme.parse("W4A8", 32, False).to_dict()) == Scheme.parse(
+        "W4A8", 32, False
+    )
     for bad in ("W5A16", "w4a16", "W4", "W4A4", ""):
         with pytest.raises(ValueError, match="unknown scheme"):
             Scheme.parse(bad)

@@ -38,7 +38,9 @@ def qparams(x: np.ndarray, bits: int, symmetric: bool) -> tuple[np.ndarray, np.n
     return scale, np.clip(zero, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
-def reference(weight: torch.Tensor, hessian: torch.Tensor, o: GPTQOptions) -> tuple[np.ndarray, np.ndarray]:
+def reference(
+    weight: torch.Tensor, hessian: torch.Tensor, o: GPTQOptions
+) -> tuple[np.ndarray, np.ndarray]:
     """Dequantized weight, and per row how close any rounding came to a tie."""
     w, h = weight.double().numpy().copy(), hessian.double().numpy().copy()
     rows, columns = w.shape
@@ -162,9 +164,11 @@ def test_block_size_does_not_change_the_codes(block_size: int) -> None:
 
 def test_activation_order_without_static_groups_stores_g_idx() -> None:
     weight, hessian = make(1, 8, 32)
-    tensor = GPTQ(GPTQOptions(group_size=8, desc_act=True, static_groups=False)).quantize(
-        weight, hessian
-    ).tensor
+    tensor = (
+        GPTQ(GPTQOptions(group_size=8, desc_act=True, static_groups=False))
+        .quantize(weight, hessian)
+        .tensor
+    )
     assert tensor.g_idx is not None and sorted(tensor.g_idx.tolist()) == sorted([0, 1, 2, 3] * 8)
     order = torch.argsort(torch.diagonal(hessian), descending=True)
     assert tensor.g_idx[order].tolist() == [i // 8 for i in range(32)]
@@ -202,6 +206,8 @@ def test_no_statistics_at_all_still_gives_codes() -> None:
         (torch.ones(4, 16), None, "needs the Hessian"),
     ],
 )
-def test_bad_input_is_refused(weight: torch.Tensor, hessian: torch.Tensor | None, words: str) -> None:
+def test_bad_input_is_refused(
+    weight: torch.Tensor, hessian: torch.Tensor | None, words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         GPTQ(GPTQOptions(group_size=8)).quantize(weight, hessian)
