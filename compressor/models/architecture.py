@@ -284,8 +284,16 @@ class CausalLM:
         """Put another module in a linear's place."""
         _set_module(self.model, ref.path, module)
 
-    def load_full(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
-        """The whole model with every weight that is not there yet; tied weights stay tied."""
+    def load_full(
+        self,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+        replaced: Mapping[str, torch.Tensor] | None = None,
+    ) -> Any:
+        """The whole model with every weight that is not there yet; tied weights stay tied.
+
+        ``replaced`` holds tensors to use instead of the checkpoint's, by their name there.
+        """
         self._load("", self.model, device, dtype)
         for name, parameter in self.model.named_parameters():
             value = (replaced or {}).get(self.disk_name(name))
