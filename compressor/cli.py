@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from compressor import __version__
 from compressor.errors import CompressorError, RecipeError
@@ -22,6 +23,9 @@ from compressor.errors import CompressorError, RecipeError
 if TYPE_CHECKING:
     from compressor.plan import Plan
     from compressor.recipe import Recipe
+
+TRACEBACK = "COMPRESSOR_TRACEBACK"
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="compress",
@@ -43,13 +47,29 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except CompressorError as error:
-        if os.environ.get("COMPRESSOR_TRACEBACK"):
+        if os.environ.get(TRACEBACK):
             raise
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        _complain(f"error: {error}")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted: run again to go on from here", style="yellow")
-        sys.exit(130)
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        first = (str(error).strip() or "no message").splitlines()[0]
+        _complain(
+            f"error: unexpected {type(error).__name__}: {first}\n"
+            f"  fix: set {TRACEBACK}=1 to see where it happened, and report it"
+        )
+        sys.exit(1)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # typer turns KeyboardInterrupt into this exit
+            _complain("interrupted: run the same command again to go on from here", "yellow")
+        raise
+
+
+def _complain(message: str, style: str = "red") -> None:
+    """Print to stderr, never breaking a line: editors and grep need ``file:line`` whole."""
+    console = Console(stderr=True)
+    console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _version(value: bool) -> None:
@@ -89,7 +109,7 @@ def run(
         console.print(closing(result.report))
         console.print(f"report: {result.run_dir / 'report' / 'index.html'}", soft_wrap=True)
     for variant, message in result.failed_variants.items():
-        Console(stderr=True).print(f"{variant} failed: {message}", style="red", markup=False)
+        _complain(f"{variant} failed: {message}")
     if result.failed_variants:
         raise typer.Exit(1)
 
@@ -147,24 +167,32 @@ def plan(
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Say what this machine has, and what to install for what is missing."""
+    """Say what this machine has, and what to install for what is missing.
+
+    The exit code is 1 when something that every run needs is missing.
+    """
     from compressor.doctor import checks, environment
 
     found = checks(Path.cwd())
+    code = 1 if any(check.required and check.found is None for check in found) else 0
     if as_json:
         value = {"environment": environment(), "checks": [vars(check) for check in found]}
         typer.echo(json.dumps(value, indent=1))
-        return
+        raise typer.Exit(code)
     table = Table(title="compress doctor")
     for column in ("what", "found", "for", "to install"):
         table.add_column(column)
     for check in found:
         missing = check.found is None
+        style = "red" if check.required else "yellow"
         table.add_row(
-            check.name, "[yellow]no[/]" if missing else check.found, check.purpose,
-            check.fix if missing else "",
-        )  # fmt: skip
+            Text(check.name),
+            Text("no", style=style) if missing else Text(str(check.found)),
+            Text(check.purpose),
+            Text(check.fix if missing else ""),
+        )
     Console().print(table)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -173,13 +201,14 @@ def init(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write.")] = None,
 ) -> None:
     """Write a commented starter recipe for a model."""
-    from compressor.starter import default_file, starter
+    from compressor.starter import default_file, relative_source, starter
 
     path = output or default_file(model)
     if path.exists():
         raise RecipeError("the file is already there", where=str(path), fix="give another with -o")
     try:
-        path.write_text(starter(model, str(path)), encoding="utf-8")
+        text = starter(relative_source(model, path.parent), str(path))
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RecipeError(
             f"cannot be written ({error.strerror})", where=str(path), fix="give another with -o"

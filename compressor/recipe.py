@@ -11,29 +11,51 @@ import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_origin
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     StringConstraints,
     ValidationError,
     create_model,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from compressor.errors import RecipeError
 from compressor.quantize import registry
 
-MAX_RECIPE_BYTES = 1_000_000
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+MAX_RECIPE_BYTES = 1 << 18
+MAX_DEPTH = 20
+MAX_NAME = 64
+Name = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=MAX_NAME)
+]
+Format = Literal["compressed-tensors"]
+
+_TAG = "tag:yaml.org,2002:"
+_SCALAR_TAGS = {_TAG + kind for kind in ("str", "int", "float", "bool", "null")}
+
+
+def _not_baseline(name: str) -> str:
+    if name == "baseline":
+        raise ValueError("`baseline` is always there: give the variant another name")
+    return name
+
+
+VariantName = Annotated[Name, AfterValidator(_not_baseline)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Model(_Section):
@@ -41,8 +63,8 @@ class Model(_Section):
 
     source: str = Field(
         min_length=1,
-        description="Hub id (org/name), directory, .gguf file, or package:NAME/FILE.gguf for a file "
-        "inside an installed Python package. Paths are relative to the recipe.",
+        description="Hub id (org/name), directory, .gguf file, or package:NAME/FILE.gguf for a "
+        "file inside an installed Python package. Paths are relative to the recipe.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -187,12 +209,17 @@ class Workload(_Section):
     input_length: int = Field(128, ge=1, description="Tokens per prompt.")
     output_length: int = Field(64, ge=2, description="Tokens generated per request.")
     concurrency: list[Annotated[int, Field(ge=1)]] = Field(
-        default_factory=lambda: [1, 4], min_length=1, description="Requests at the same time."
+        default_factory=lambda: [1, 4],
+        min_length=1,
+        description="Requests at the same time.",
+        json_schema_extra={"default": [1, 4]},
     )
     requests: int = Field(16, ge=1, description="Requests per point and variant, over all rounds.")
     rounds: int = Field(4, ge=2, description="How often the variants take turns.")
     seed: int = Field(0, ge=0, description="Seed of the choice of prompts.")
-    slo: SLO = Field(default_factory=SLO, description="Service level objective.")
+    slo: SLO = Field(
+        default_factory=lambda: SLO.model_validate({}), description="Service level objective."
+    )
 
 
 class Prices(_Section):
@@ -222,8 +249,14 @@ class Measure(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Activations' dtype; auto takes the faster one for each variant."
     )
-    workload: Workload = Field(default_factory=Workload, description="The load.")
-    prices: Prices = Field(default_factory=Prices, description="Prices.")
+    workload: Workload = Field(
+        default_factory=lambda: Workload.model_validate({}), description="The load."
+    )
+    prices: Prices = Field(default_factory=lambda: Prices.model_validate({}), description="Prices.")
+
+
+def _formats() -> list[Format]:
+    return ["compressed-tensors"]
 
 
 class Recipe(_Section):
@@ -231,39 +264,47 @@ class Recipe(_Section):
 
     version: Literal[1] = Field(description="Version of the recipe format: 1.")
     name: Name = Field("", validate_default=False, description="Name of the run; the file's stem.")
-    model: Model = Field(description="The model to compress.")
+    model: Model = Field(description="What to compress: source, revision, dtype.")
     calibration: Calibration | None = Field(
         None, description="Calibration text; needed by gptq, not by rtn."
     )
-    variants: dict[Name, Variant] = Field(
+    variants: dict[VariantName, Variant] = Field(
         min_length=1, description="Named ways to compress the model, compared with the baseline."
     )
     evaluate: Evaluate | None = Field(None, description="Quality; left out when absent.")
     measure: Measure | None = Field(None, description="Speed and cost; left out when absent.")
-    export: list[Literal["compressed-tensors"]] = Field(
-        default_factory=lambda: ["compressed-tensors"],
+    export: list[Format] = Field(
+        default_factory=_formats,
         min_length=1,
         description="Formats that artifacts are written in.",
+        json_schema_extra={"default": ["compressed-tensors"]},
     )
     output: str = Field("runs", description="Directory of runs, relative to the recipe.")
     store: str = Field(
         ".compressor", description="Directory of finished stages, relative to the recipe."
     )
-    path: Path = Field(Path(), exclude=True, json_schema_extra={"internal": True})
+    _path: Path = PrivateAttr(default=Path())
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if "baseline" in self.variants:
-            raise ValueError("`baseline` is always there: give the variant another name")
         for name, variant in self.variants.items():
             if self.calibration is None and any(step.needs_hessian for step in variant.quantize):
-                raise ValueError(f"variant {name!r} needs a `calibration:` section")
+                raise PydanticCustomError(
+                    "needs_calibration",
+                    "its algorithm needs a `calibration:` section in the recipe",
+                    {"loc": ("variants", name)},
+                )
         return self
+
+    @property
+    def path(self) -> Path:
+        """The file it was read from, absolute."""
+        return self._path
 
     @property
     def base_dir(self) -> Path:
         """Directory that relative paths start from."""
-        return self.path.parent
+        return self._path.parent
 
     @property
     def output_dir(self) -> Path:
@@ -300,8 +341,11 @@ def recipe_model() -> type[Recipe]:
     return create_model(
         "Recipe",
         __base__=Recipe,
-        variants=(dict[Name, variant], Recipe.model_fields["variants"]),  # type: ignore[valid-type]
+        variants=(dict[VariantName, variant], Recipe.model_fields["variants"]),  # type: ignore[valid-type]
     )
+
+
+_INIT = "`compress init MODEL` writes a recipe to start from"
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -315,64 +359,81 @@ def load_recipe(path: Path) -> Recipe:
     if not isinstance(value, dict):
         raise RecipeError(
             "a recipe is a mapping of keys to values",
-            where=str(path),
+            where=f"{path}:{root.start_mark.line + 1}",
             fix="start with `version: 1` and `model:`; `compress init MODEL` writes one",
         )
     model = recipe_model()
     try:
-        recipe = model.model_validate({"name": path.stem, **value, "path": path.resolve()})
+        recipe = model.model_validate({"name": _default_name(path), **value})
     except ValidationError as error:
         raise _explain(error, root, path, model) from None
+    recipe._path = path.resolve()
     return recipe
 
 
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe, for editors."""
     schema = recipe_model().model_json_schema()
-    schema["properties"].pop("path")
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "compressor recipe"
     return schema
 
 
+def _default_name(path: Path) -> str:
+    """The file's stem with everything that a name may not hold replaced by ``-``."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")
+    return name[:MAX_NAME] or "recipe"
+
+
 def _compose(path: Path) -> yaml.Node:
     try:
-        if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise RecipeError("the file is too large for a recipe", where=str(path), fix="check it")
-        text = path.read_bytes().decode("utf-8")
+        with open(path, "rb") as file:
+            data = file.read(MAX_RECIPE_BYTES + 1)
+        if len(data) > MAX_RECIPE_BYTES:
+            raise RecipeError(
+                f"the file is too large for a recipe (over {MAX_RECIPE_BYTES >> 10} KiB)",
+                where=str(path),
+                fix="give the path of a recipe, not of a model or a data set",
+            )
+        text = data.decode("utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, _yaml_files(path.parent), 1)
-        hint = (
-            f"did you mean {path.with_name(near[0])}?"
-            if near
-            else "`compress init MODEL` writes one"
-        )
+        hint = f"did you mean {path.with_name(near[0])}?" if near else _INIT
         raise RecipeError("there is no such recipe", where=str(path), fix=hint) from None
     except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise RecipeError(
-            f"the file is not UTF-8 (byte {error.start})", where=str(path), fix="save it as UTF-8"
+            f"the file is not UTF-8 (byte {error.start})",
+            where=f"{path}:{line}",
+            fix="save it as UTF-8",
         ) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        detail = getattr(error, "strerror", None) or error
         raise RecipeError(
-            f"cannot be read ({error.strerror})", where=str(path), fix="give a recipe file"
+            f"cannot be read ({detail})", where=str(path), fix="give a recipe file"
         ) from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
         raise RecipeError(
             f"not valid YAML: {error.problem or error.context}",
-            where=f"{path}{line}",
+            where=f"{path}:{mark.line + 1 if mark else 1}",
             fix="check indentation (spaces, not tabs), colons and quotes around this line",
         ) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RecipeError(f"not valid YAML: {detail}", where=str(path), fix="mend it") from None
-    if node is None:
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
         raise RecipeError(
-            "the file is empty", where=str(path), fix="`compress init MODEL` writes one"
-        )
+            f"not valid YAML: control character U+{error.character:04X}",
+            where=f"{path}:{line}",
+            fix="remove that character",
+        ) from None
+    except RecursionError:
+        raise RecipeError("not valid YAML: nested too deeply", where=str(path), fix=_INIT) from None
+    except (yaml.YAMLError, ValueError, LookupError) as error:
+        raise RecipeError(f"not valid YAML: {error}", where=str(path), fix=_INIT) from None
+    if node is None:
+        raise RecipeError("the file is empty", where=f"{path}:1", fix=_INIT)
     return node
 
 
@@ -380,63 +441,77 @@ def _yaml_files(directory: Path) -> list[str]:
     return [p.name for p in directory.glob("*.y*ml")] if directory.is_dir() else []
 
 
-def _plain(node: yaml.Node, path: Path) -> Any:
-    """The node's value, built by the safe loader; refuses aliases, tags and doubled keys."""
+def _plain(root: yaml.Node, path: Path) -> Any:
+    """The node's value, built by the safe loader from text, numbers, lists and mappings alone."""
     seen: set[int] = set()
-
-    def check(item: yaml.Node, depth: int) -> None:
-        where = f"{path}:{item.start_mark.line + 1}"
-        if id(item) in seen:
-            raise RecipeError(
-                "YAML aliases (*) are not used in recipes", where=where, fix="write it out"
-            )
-        if depth > 20:
-            raise RecipeError("nested too deeply", where=where, fix="no recipe needs this")
-        seen.add(id(item))
-        if isinstance(item, yaml.MappingNode):
-            keys: dict[str, int] = {}
-            for key, value in item.value:
-                line = key.start_mark.line + 1
-                if not isinstance(key, yaml.ScalarNode):
-                    raise RecipeError(
-                        "a key must be plain text", where=f"{path}:{line}", fix="mend it"
-                    )
-                if key.value in keys:
-                    raise RecipeError(
-                        f"key {key.value!r} is there twice (first on line {keys[key.value]})",
-                        where=f"{path}:{line}",
-                        fix="remove one of the two",
-                    )
-                keys[key.value] = line
-                check(key, depth + 1)
-                check(value, depth + 1)
-        elif isinstance(item, yaml.SequenceNode):
-            for value in item.value:
-                check(value, depth + 1)
-
-    check(node, 0)
     loader = yaml.SafeLoader("")
-    try:
-        return loader.construct_document(node)
-    except (yaml.MarkedYAMLError, ValueError, TypeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise RecipeError(
-            f"not a plain value: {problem}",
-            where=f"{path}{line}",
-            fix="use text, numbers and lists",
-        ) from None
+
+    def refuse(item: yaml.Node, what: str, fix: str) -> RecipeError:
+        return RecipeError(what, where=f"{path}:{item.start_mark.line + 1}", fix=fix)
+
+    def build(item: yaml.Node, depth: int) -> Any:
+        if id(item) in seen:
+            raise refuse(item, "YAML aliases (*) are not used in recipes", "write it out")
+        seen.add(id(item))
+        if depth > MAX_DEPTH:
+            raise refuse(item, "nested too deeply", "no recipe needs this")
+        if isinstance(item, yaml.MappingNode) and item.tag == f"{_TAG}map":
+            return mapping(item, depth)
+        if isinstance(item, yaml.SequenceNode) and item.tag == f"{_TAG}seq":
+            return [build(value, depth + 1) for value in item.value]
+        if isinstance(item, yaml.ScalarNode) and item.tag in _SCALAR_TAGS:
+            return scalar(item)
+        tag = item.tag.replace(_TAG, "!!")
+        raise refuse(item, f"not a plain value: {tag}", "quote it if it is meant as text")
+
+    def scalar(item: yaml.ScalarNode) -> Any:
+        try:
+            item.value.encode("utf-8")  # a lone surrogate could not be written to any file
+            if "\0" in item.value:
+                raise ValueError("no path may hold a NUL")
+            return loader.construct_object(item)
+        except (yaml.YAMLError, ValueError, LookupError, OverflowError):
+            kind = item.tag.removeprefix(_TAG)
+            raise refuse(
+                item, f"not a plain value: cannot be read as {kind}", "quote it if it is text"
+            ) from None
+
+    def mapping(item: yaml.MappingNode, depth: int) -> dict[str, Any]:
+        value: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for key, inner in item.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise refuse(key, "a key must be plain text", "use a single word")
+            name = scalar(key) if key.tag == f"{_TAG}str" else None
+            if not isinstance(name, str):
+                what = f"key {key.value!r} is not text in YAML"
+                raise refuse(key, what, f'put it in quotes: "{key.value}"')
+            if name in lines:
+                what = f"key {name!r} is there twice (first on line {lines[name]})"
+                raise refuse(key, what, "remove one of the two")
+            lines[name] = key.start_mark.line + 1
+            value[name] = build(inner, depth + 1)
+        return value
+
+    return build(root, 0)
+
+
+_EXPECTED = {
+    "dict_type": "a mapping of keys to values",
+    "model_type": "a mapping of keys to values",
+    "list_type": "a list",
+    "string_type": "text (put it in quotes)",
+}
 
 
 def _explain(
     error: ValidationError, root: yaml.Node, path: Path, model: type[BaseModel]
 ) -> RecipeError:
-    lines = []
+    """One error that lists every problem, each with its line, in the file's order."""
+    found = []
     for problem in error.errors():
-        loc = problem["loc"]
+        loc = problem.get("ctx", {}).get("loc", problem["loc"])
         key = ".".join(str(part) for part in loc if part != "[key]") or "recipe"
-        line = _line(root, loc)
         if problem["type"] == "extra_forbidden":
             valid = _valid_keys(model, loc[:-1])
             near = difflib.get_close_matches(str(loc[-1]), valid, 1, cutoff=0.5)
@@ -446,14 +521,18 @@ def _explain(
             text = f"{key} is missing"
         else:
             message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] in _EXPECTED:
+                message = f"input should be {_EXPECTED[problem['type']]}"
             given = problem["input"]
-            shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) else ""
+            shown = f" (got {given!r})" if isinstance(given, str | int | float) else ""
             text = f"{key}: {message[:1].lower() + message[1:]}{shown}"
-        lines.append((line, f"{path}:{line}: {text}"))
-    lines.sort()
-    where, _, first = lines[0][1].partition(": ")
-    rest = "".join(f"\n{text}" for _, text in lines[1:])
-    return RecipeError(first + rest, where=where, fix="every key is described in docs/recipe.md")
+        found.append((_line(root, loc), text))
+    found.sort()
+    (line, first), *others = found
+    rest = "".join(f"\n{path}:{other}: {text}" for other, text in others)
+    return RecipeError(
+        first + rest, where=f"{path}:{line}", fix="every key is described in docs/recipe.md"
+    )
 
 
 def _line(root: yaml.Node, loc: tuple[int | str, ...]) -> int:
@@ -481,27 +560,17 @@ def _valid_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]
     """Keys that may stand at a location."""
     current: Any = model
     for part in loc:
-        if isinstance(part, int):
-            current = next(_models(current), current)
-        elif (
-            isinstance(current, type)
-            and issubclass(current, BaseModel)
-            and part in current.model_fields
-        ):
+        if _is_model(current) and part in current.model_fields:
             current = current.model_fields[part].annotation
-        else:  # a key of a mapping such as `variants`
+        else:  # an index of a list, or a key of a mapping such as `variants`
             current = next(_models(current), current)
-        if not (isinstance(current, type) and issubclass(current, BaseModel)) and not _is_container(
-            current
-        ):
+        if not _is_model(current) and get_origin(current) not in (dict, list):
             current = next(_models(current), current)
-    if isinstance(current, type) and issubclass(current, BaseModel):
-        return [name for name in current.model_fields if name != "path"]
-    return []
+    return list(current.model_fields) if _is_model(current) else []
 
 
-def _is_container(annotation: Any) -> bool:
-    return getattr(annotation, "__origin__", None) in (dict, list)
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

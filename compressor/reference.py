@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 _INTRO = """\
@@ -37,11 +38,9 @@ def _section(name: str, schema: dict[str, Any]) -> str:
 
 def _default(value: dict[str, Any]) -> str:
     default = value.get("default")
-    return (
-        ""
-        if default is None
-        else f"`{str(default).lower() if isinstance(default, bool) else default}`"
-    )
+    if default is None or default == "":
+        return ""
+    return f"`{default if isinstance(default, str) else json.dumps(default)}`"
 
 
 def _type(value: dict[str, Any]) -> str:
@@ -57,8 +56,7 @@ def _type(value: dict[str, Any]) -> str:
     if value.get("type") == "array":
         return f"list of {_type(value['items'])}"
     if value.get("type") == "object":
-        inner = value.get("additionalProperties") or next(
-            iter(value.get("patternProperties", {}).values()), {}
-        )
+        named: list[dict[str, Any]] = list(value.get("patternProperties", {}).values())
+        inner = value.get("additionalProperties") or (named[0] if named else {})
         return f"mapping of name to {_type(inner)}"
     return str(value.get("type", "any"))

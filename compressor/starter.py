@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -28,7 +29,9 @@ variants:
       - gptq: {{scheme: W8A8}}      # int8 weights and activations: cheaper under load
   int4:
     quantize:
-      - gptq: {{scheme: W4A16, group_size: 128}}   # int4 weights: smallest, cheapest per stream
+      # int4 weights: smallest, cheapest per stream. The group must divide the model's hidden
+      # sizes: where 128 does not, take 64 or 32.
+      - gptq: {{scheme: W4A16, group_size: 128}}
 
 # What was lost: perplexity, KL divergence, top-1 agreement on text the model was not calibrated on.
 evaluate:
@@ -50,8 +53,22 @@ export: [compressed-tensors]      # loads in vLLM, SGLang, TGI and transformers
 
 def starter(source: str, file: str) -> str:
     """The text of a starter recipe for a model."""
-    quoted = source if re.fullmatch(r"[\w./-]+", source) else json.dumps(source)
+    # Plain only where YAML surely reads text: `123`, `no` or `1.5` would be something else.
+    plain = re.fullmatch(r"[A-Za-z][\w.-]*/[\w./-]+", source, re.ASCII)
+    quoted = source if plain else json.dumps(source)
     return _TEMPLATE.format(source=quoted, file=file)
+
+
+def relative_source(source: str, directory: Path) -> str:
+    """``source`` as a recipe in ``directory`` must name it: paths there start from the recipe.
+
+    A Hub id, a ``package:`` source, an absolute path and a path that does not exist stay as given.
+    """
+    path = Path(source)
+    if path.is_absolute() or not path.exists():
+        return source
+    found = Path(os.path.relpath(path.resolve(), directory.resolve())).as_posix()
+    return found if found.startswith(".") else f"./{found}"
 
 
 def default_file(source: str) -> Path:

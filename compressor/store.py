@@ -5,7 +5,7 @@ Layout under the store's root::
     objects/<key[:2]>/<key>/   a finished stage: its files and ``stage.json`` (the manifest)
     partial/<key>/             a stage under way; kept after a kill so that it can resume
     locks/<key>.lock           advisory lock (``flock``): freed by the kernel when its owner dies
-    file-hashes.json           SHA-256 of source files by (path, size, mtime), so that planning is fast
+    file-hashes.json           SHA-256 of source files by (path, size, mtime): planning is fast
 
 A stage is published by one atomic rename after every file and the directory were synced to disk:
 a directory under ``objects/`` is whole or it is not there.

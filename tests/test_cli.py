@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,16 +13,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from compressor import __version__
+from compressor import __version__, cli
 from tests import tiny
+
+ROOT = Path(__file__).parent.parent
 
 
 def compress(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    root = Path(__file__).parent.parent
     return subprocess.run(
         [sys.executable, "-m", "compressor", *arguments],
         cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root), "COLUMNS": "150"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "150"},
         capture_output=True,
         text=True,
         timeout=120,
@@ -32,12 +34,13 @@ def compress(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("project")
     tiny.build("llama", path / "model")
+    texts = [{"name": "n", "source": "builtin:novel", "max_tokens": 256}]
     recipe = {
         "version": 1,
         "model": {"source": "model"},
         "variants": {"int4": {"quantize": [{"rtn": {"scheme": "W4A16", "group_size": 32}}]}},
-        "evaluate": {"texts": [{"name": "n", "source": "builtin:novel", "max_tokens": 256}], "length": 64},
-    }  # fmt: skip
+        "evaluate": {"texts": texts, "length": 64},
+    }
     (path / "r.yaml").write_text(yaml.safe_dump(recipe))
     return path
 
@@ -48,6 +51,14 @@ def test_help_is_fast_and_names_the_commands(tmp_path: Path) -> None:
     assert done.returncode == 0 and time.perf_counter() - started < 3
     for command in ("run", "plan", "doctor", "init", "schema", "report"):
         assert command in done.stdout
+    modules = subprocess.run(
+        [sys.executable, "-c", "import sys, compressor.cli; print('torch' in sys.modules)"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert modules.stdout.strip() == "False"
     assert compress("--version", cwd=tmp_path).stdout.strip() == f"compressor {__version__}"
 
 
@@ -114,6 +125,67 @@ def test_faults_have_a_message_and_an_exit_code(
     assert done.returncode == code, done.stdout + done.stderr
     assert words in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_message_keeps_file_and_line_whole(tmp_path: Path) -> None:
+    deep = tmp_path / ("long-directory-name" * 6)
+    deep.mkdir()
+    (deep / "r.yaml").write_text("modell: x\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "compressor", "plan", str(deep / "r.yaml")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "60"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"{deep}/r.yaml:1: unknown key 'modell'" in done.stderr
+
+
+def test_an_unexpected_error_is_one_message_unless_the_traceback_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(cli, "_plan", broken)
+    monkeypatch.setattr(sys, "argv", ["compress", "plan", "r.yaml"])
+    monkeypatch.delenv(cli.TRACEBACK, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    shown = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert "unexpected ZeroDivisionError: a fault of ours" in shown and cli.TRACEBACK in shown
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_interrupt_exits_with_130_and_says_how_to_go_on(project: Path) -> None:
+    # The recipe is a pipe that nobody writes to: the process waits in it until the signal.
+    pipe = project / "pipe.yaml"
+    os.mkfifo(pipe)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "compressor", "run", "pipe.yaml"],
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with open(pipe, "wb"):  # returns once the process has opened its end
+        process.send_signal(signal.SIGINT)
+        _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in shown and "Traceback" not in shown
+
+
+def test_init_names_a_local_model_as_seen_from_the_recipe(project: Path) -> None:
+    (project / "recipes").mkdir()
+    done = compress("init", "model", "-o", "recipes/local.yaml", cwd=project)
+    assert done.returncode == 0, done.stderr
+    planned = compress("plan", "recipes/local.yaml", "--json", cwd=project)
+    assert planned.returncode == 0, planned.stderr
+    written = yaml.safe_load((project / "recipes" / "local.yaml").read_text())
+    assert written["model"]["source"] == "../model"
 
 
 def test_init_writes_a_recipe(tmp_path: Path) -> None:

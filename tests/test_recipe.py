@@ -10,9 +10,11 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict
 
 from compressor.errors import RecipeError
-from compressor.recipe import load_recipe, recipe_schema
+from compressor.quantize import registry
+from compressor.recipe import load_recipe, recipe_model, recipe_schema
 from compressor.reference import render
 from compressor.starter import default_file, starter
 
@@ -26,6 +28,16 @@ variants:
     quantize:
       - gptq: {scheme: W4A16, group_size: 64}
 """
+
+
+# Fragments that reach the corners of YAML: tags, anchors, merges, dates, bases, documents.
+PIECES = (
+    "output: ", "x: ", "? ", ": ", "- ", "variants: ", "model: ", "baseline", "~", "null",
+    "!!int ", "!!bool ", "!!float ", "!!timestamp ", "!!binary ", "!!set ", "!!omap ", "!foo ",
+    "!!python/name:os.system ", "&a ", "*a ", "<<: ", "= ", "2001-99-99", "0x_", "0b_", "1:99",
+    "1" * 5000, "'", '"', '"\\ud800"', "{", "}", "[", "]", ",", "|", ">-", "#", "%YAML 9.9",
+    "---", "...", "\n", "\n  ", "\t", "\0",
+)  # fmt: skip
 
 
 def load(tmp_path: Path, text: str | bytes) -> object:
@@ -60,15 +72,39 @@ def test_an_algorithm_may_be_named_alone(tmp_path: Path) -> None:
         (GOOD.replace("64", "many"), 7, "valid integer"),
         (GOOD.replace("W4A16", "W4"), 7, "unknown scheme 'W4'"),
         (GOOD.replace("int4:", "../int4:"), 5, "match pattern"),
-        (GOOD.replace("int4:", "baseline:"), 1, "always there"),
+        (GOOD.replace("int4:", "baseline:"), 5, "always there"),
         (GOOD.replace("version: 1", "version: 2"), 1, "version"),
         (GOOD.replace("model: {source: org/name}", "model: {}"), 2, "model.source is missing"),
         (GOOD.replace("model: {source: org/name}\n", ""), 1, "model is missing"),
-        (GOOD.replace('calibration: {source: "builtin:calibration"}\n', ""), 1, "`calibration:`"),
+        (GOOD.replace('calibration: {source: "builtin:calibration"}\n', ""), 4, "`calibration:`"),
         (GOOD + "version: 1\n", 8, "there twice"),
         (GOOD + "\tx: 1\n", 8, "not valid YAML"),
         (GOOD + "evaluate: &a {texts: []}\nmeasure: *a\n", 8, "aliases"),
         (GOOD + "output: !!python/object/apply:os.system [ls]\n", 8, "not a plain value"),
+        (GOOD + "output: !!int ''\n", 8, "cannot be read as int"),
+        (GOOD + "output: !!bool maybe\n", 8, "cannot be read as bool"),
+        (GOOD + "output: !!timestamp x\n", 8, "not a plain value: !!timestamp"),
+        (GOOD + 'output: "\\ud800"\n', 8, "cannot be read as str"),
+        (GOOD + 'output: "a\\0b"\n', 8, "cannot be read as str"),
+        (GOOD + "output: \0\n", 8, "control character U+0000"),
+        (GOOD + "<<: {output: x}\n", 8, "key '<<' is not text"),
+        (GOOD + "on: x\n", 8, "key 'on' is not text"),
+        (GOOD + "? [a]\n: b\n", 8, "a key must be plain text"),
+        (GOOD + "path: x\n", 8, "unknown key 'path'"),
+        (GOOD + "---\na: 1\n", 8, "another document"),
+        (GOOD + "output: 8\n", 8, "output: input should be text"),
+        (GOOD + "measure: [1]\n", 8, "measure: input should be a mapping"),
+        (GOOD + "measure: {prices: {watts: .inf}}\n", 8, "finite number"),
+        (GOOD.replace("int4:", "8:"), 5, "key '8' is not text"),
+        (GOOD.replace("int4:", "..:"), 5, "match pattern"),
+        (GOOD.replace("int4:", "a/b:"), 5, "match pattern"),
+        (GOOD.replace("int4:", "/etc:"), 5, "match pattern"),
+        (GOOD.replace("- gptq", "- rtn: {}\n      - gptq"), 6, "the last step"),
+        (
+            GOOD.replace("- gptq", "- smoothquant\n      - smoothquant\n      - gptq"),
+            6,
+            "at most one step",
+        ),
         (GOOD + "evaluate: {texts: [{name: a/b, source: x}]}\n", 8, "match pattern"),
         (GOOD + "measure: {workload: {concurrency: [0]}}\n", 8, "greater than or equal to 1"),
     ],
@@ -91,11 +127,11 @@ def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "empty"),
+        (b"", "yaml:1: the file is empty"),
         (b"# only a comment\n", "empty"),
         (b"- a\n- b\n", "mapping"),
         (b"just text", "mapping"),
-        (b"version: 1\n\xff\xfe", "UTF-8"),
+        (b"version: 1\n\xff\xfe", r"yaml:2: the file is not UTF-8 \(byte 11\)"),
         (b"x" * 2_000_000, "too large"),
         (b"[" * 500, "YAML"),
     ],
@@ -103,6 +139,67 @@ def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
 def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         load(tmp_path, content)
+
+
+@pytest.mark.timeout(60)
+def test_an_alias_bomb_is_refused_before_it_grows(tmp_path: Path) -> None:
+    bomb = "a0: &a0 [x, x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 200)
+    )
+    with pytest.raises(RecipeError, match="aliases"):
+        load(tmp_path, bomb)
+
+
+def test_an_endless_file_is_not_read_to_its_end() -> None:
+    with pytest.raises(RecipeError, match="too large"):
+        load_recipe(Path("/dev/zero"))
+
+
+def test_a_directory_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("my recipe.yaml", "my-recipe"),
+        ("..x.yaml", "x"),
+        ("é.yaml", "recipe"),
+        ("a" * 90, "a" * 64),
+    ],
+)
+def test_a_name_is_made_from_any_file_name(tmp_path: Path, file: str, name: str) -> None:
+    (tmp_path / file).write_text(GOOD)
+    recipe = load_recipe(tmp_path / file)
+    assert recipe.name == name
+    assert recipe.path == tmp_path / file and recipe.base_dir == tmp_path
+    assert recipe.output_dir == tmp_path / "runs" and recipe.store_dir == tmp_path / ".compressor"
+    assert recipe.model_copy(update={"output": "/elsewhere"}).path == recipe.path
+
+
+def test_options_of_a_third_party_algorithm_are_validated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ternary:
+        """Three levels."""
+
+        class Options(BaseModel):
+            model_config = ConfigDict(extra="forbid")
+            threshold: float = 0.5
+
+        kind, needs_hessian = "weights", False
+
+    monkeypatch.setitem(registry._REGISTRY, "ternary", Ternary)
+    recipe_model.cache_clear()
+    try:
+        text = "version: 1\nmodel: {source: a/b}\nvariants:\n  v:\n    quantize: [ternary: {%s}]\n"
+        (step,) = load(tmp_path, text % "threshold: 1").variants["v"].quantize  # type: ignore[attr-defined]
+        assert step.dump() == {"ternary": {"threshold": 1.0}} and not step.needs_hessian
+        with pytest.raises(RecipeError, match=r"yaml:5: .*did you mean 'threshold'"):
+            load(tmp_path, text % "treshold: 1")
+    finally:
+        recipe_model.cache_clear()
 
 
 def test_missing_recipe_suggests_the_nearest(tmp_path: Path) -> None:
@@ -116,6 +213,7 @@ def test_missing_recipe_suggests_the_nearest(tmp_path: Path) -> None:
     st.one_of(
         st.text(max_size=200),
         st.binary(max_size=200),
+        st.lists(st.sampled_from(PIECES), max_size=12).map(lambda parts: GOOD + "".join(parts)),
         st.tuples(st.integers(0, len(GOOD)), st.text(max_size=8)).map(
             lambda cut: GOOD[: cut[0]] + cut[1] + GOOD[cut[0] :]
         ),
@@ -156,7 +254,8 @@ def test_committed_recipes_are_valid(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["Qwen/Qwen3-0.6B", "./a dir/m.gguf", "package:x/y.gguf", 'a"b: c']
+    "source",
+    ["Qwen/Qwen3-0.6B", "./a dir/m.gguf", "package:x/y.gguf", 'a"b: c', "123", "no", "1e3"],
 )
 def test_starter_recipe_is_valid(tmp_path: Path, source: str) -> None:
     path = tmp_path / default_file(source)

@@ -26,7 +26,10 @@ RECIPE: dict[str, Any] = {
         "int4-rtn": {"quantize": [{"rtn": {"scheme": "W4A16", "group_size": 32}}]},
         "int4": {"quantize": [{"gptq": {"scheme": "W4A16", "group_size": 32}}]},
     },
-    "evaluate": {"texts": [{"name": "novel", "source": "builtin:novel", "max_tokens": 512}], "length": 64},
+    "evaluate": {
+        "texts": [{"name": "novel", "source": "builtin:novel", "max_tokens": 512}],
+        "length": 64,
+    },
     "export": ["compressed-tensors"],
 }  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -52,9 +51,9 @@ def load_texts(
                 fix=f"choose from {', '.join(BUILTIN_PREFIX + n for n in _BUILTIN)}",
             )
         path = Path(str(files("compressor.data") / "builtin" / _BUILTIN[name]))
-        rows = _read(path, field)
+        rows = _read(path)
     elif (base_dir / source).is_file():
-        rows = _read(base_dir / source, field)
+        rows = _read(base_dir / source)
     elif source.endswith(_SUFFIXES) or source.startswith((".", "/", "~")):
         raise RecipeError(
             "there is no such file",
@@ -62,7 +61,7 @@ def load_texts(
             fix="correct the path; it is relative to the recipe",
         )
     else:
-        rows = _hub(source, split or "train", field)
+        rows = _hub(source, split or "train")
     texts = [text for row in rows if (text := _text(row, field, source, tokenizer)).strip()]
     if not texts:
         raise RecipeError(
@@ -71,7 +70,7 @@ def load_texts(
     return texts
 
 
-def _read(path: Path, field: str) -> list[Any]:
+def _read(path: Path) -> list[Any]:
     try:
         if path.suffix == ".parquet":
             from datasets import Dataset
@@ -105,17 +104,17 @@ def _read(path: Path, field: str) -> list[Any]:
     return [content]
 
 
-def _hub(source: str, split: str, field: str) -> Iterable[Any]:
+def _hub(source: str, split: str) -> list[Any]:
     from datasets import load_dataset
 
     try:
-        return load_dataset(source, split=split)
+        return list(load_dataset(source, split=split))
     except Exception as error:  # the library raises a dozen unrelated types here
         raise RunError(
             f"neither a file nor a data set that can be loaded ({type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''})",
             where=source,
-            fix="check the id, the split and the network, or give a local file or builtin:calibration",
+            fix="check the id, the split and the network, or give a local file",
         ) from error
 
 

@@ -64,7 +64,8 @@ def evaluation_windows(
     count = len(tokens) // length
     if not count:
         raise RecipeError(
-            f"the text has {len(tokens)} tokens (max_tokens {max_tokens}), one window takes {length}",
+            f"the text has {len(tokens)} tokens (max_tokens {max_tokens}), one window "
+            f"takes {length}",
             where="evaluate",
             fix="give a longer text, a higher max_tokens or a smaller length",
         )

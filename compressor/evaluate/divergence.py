@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from compressor.evaluate.head import Head, last_hidden, split
+from compressor.evaluate.head import CausalModel, Head, last_hidden, split
 
 TOKENS_PER_STEP = 256
 BOOTSTRAP_RESAMPLES = 2000
@@ -58,7 +57,7 @@ class Scores:
 
 @torch.no_grad()
 def score_baseline(
-    model: nn.Module,
+    model: CausalModel,
     windows: np.ndarray,
     batch_size: int,
     advance: Callable[[int], None] = lambda n: None,
@@ -73,7 +72,7 @@ def score_baseline(
     """
     head = split(model)
     nll, top1 = _arrays(windows)
-    kept = torch.empty(nll.size, head.lm_head.weight.shape[1])
+    kept = torch.empty(nll.size, model.get_output_embeddings().weight.shape[1])
     for part, hidden, expected in _steps(model, windows, batch_size, advance):
         kept[part] = hidden.float().cpu()
         _fill(nll, top1, part, head(hidden), expected)
@@ -83,7 +82,7 @@ def score_baseline(
 
 @torch.no_grad()
 def score_variant(
-    model: nn.Module,
+    model: CausalModel,
     windows: np.ndarray,
     batch_size: int,
     baseline_hidden: torch.Tensor,
@@ -148,7 +147,7 @@ def _arrays(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _steps(
-    model: nn.Module, windows: np.ndarray, batch_size: int, advance: Callable[[int], None]
+    model: CausalModel, windows: np.ndarray, batch_size: int, advance: Callable[[int], None]
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Yield (where in the flat token arrays, hidden [n, hidden], next tokens [n]) step by step."""
     device = next(model.parameters()).device

@@ -7,10 +7,14 @@ are made again from them a few tokens at a time. That keeps divergences exact an
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from compressor.errors import RunError
+
+CausalModel = Any  # a transformers causal LM; torch types its attributes as Tensor | Module
 
 
 class Head:
@@ -41,7 +45,7 @@ class Head:
         return logits
 
 
-def split(model: nn.Module) -> Head:
+def split(model: CausalModel) -> Head:
     """The head of a loaded causal LM, checked against the model's own logits.
 
     Raises:
@@ -63,6 +67,6 @@ def split(model: nn.Module) -> Head:
     return head
 
 
-def last_hidden(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def last_hidden(model: CausalModel, ids: torch.Tensor) -> torch.Tensor:
     """Input of the head, [batch, length, hidden], for token ids [batch, length]."""
     return model.base_model(ids, use_cache=False).last_hidden_state

@@ -16,7 +16,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from compressed_tensors.quantization import QuantizationConfig
@@ -124,8 +124,8 @@ def export(
         done.add(f"{name}.weight")
     for name in source.names:
         if name not in done:
-            value = (replaced or {}).get(name)
-            writer.add(name, source.tensor(name) if value is None else value)
+            changed = (replaced or {}).get(name)
+            writer.add(name, source.tensor(name) if changed is None else changed)
     writer.close()
     config["quantization_config"] = quantization_config(scheme, ignore)
     _write_json(directory / "config.json", config)
@@ -160,7 +160,10 @@ def write_sums(directory: Path) -> None:
 
 
 def load_model(
-    directory: Path, *, kernel: str = "reference", dtype: torch.dtype = torch.float32
+    directory: Path,
+    *,
+    kernel: Literal["reference", "auto"] = "reference",
+    dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """A compressed-tensors directory (ours or another tool's) as a runnable causal LM.
 

@@ -93,7 +93,8 @@ def find_producers(
     inputs: BlockInputs,
     targets: list[LinearRef],
 ) -> tuple[list[Producer], torch.Tensor]:
-    """Producers of a loaded block and its output, found by running it once and seeing which tensors are passed on.
+    """Producers of a loaded block and its output, found by running it once and seeing
+    which tensors are passed on.
 
     Args:
         hidden: [batch, length, hidden], an input of the block.

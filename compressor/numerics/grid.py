@@ -74,11 +74,8 @@ def _qparams(
     low: torch.Tensor, high: torch.Tensor, scheme: WeightScheme, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     steps = (1 << scheme.num_bits) - 1
-    if scheme.symmetric:
-        scale = torch.maximum(-low, high) * (2.0 / steps)
-    else:
-        scale = (high - low) / steps
-    scale = scale.to(scale_dtype).float()
+    scale = torch.maximum(-low, high) * 2.0 if scheme.symmetric else high - low
+    scale = (scale / steps).to(scale_dtype).float()
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     if scheme.symmetric:
         return scale, None

@@ -31,6 +31,8 @@ class Kernel(nn.Module):
 class Dequantized(Kernel):
     """Dense product with the dequantized weight; activations rounded when the scheme says so."""
 
+    weight: torch.Tensor
+
     def __init__(
         self, tensor: QuantizedTensor, activations: ActivationScheme | None, dtype: torch.dtype
     ) -> None:
@@ -50,6 +52,8 @@ class Int8Dynamic(Kernel):
     """int8 weights per channel times int8 activations per row, summed exactly in int32."""
 
     name = "int8-int_mm"
+    codes: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, tensor: QuantizedTensor) -> None:
         super().__init__()
@@ -70,6 +74,10 @@ class Int4Packed(Kernel):
     """
 
     name = "int4-int4pack_mm"
+    packed: torch.Tensor
+    scales_and_zeros: torch.Tensor
+    order: torch.Tensor | None
+    codes: torch.Tensor
 
     def __init__(self, tensor: QuantizedTensor) -> None:
         super().__init__()
@@ -111,6 +119,8 @@ class Int8WeightOnly(Kernel):
     """int8 weights per channel, bfloat16 activations."""
 
     name = "int8-int8pack_mm"
+    codes: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, tensor: QuantizedTensor) -> None:
         super().__init__()

@@ -117,7 +117,7 @@ def quantize_model(
             raise RunError("this algorithm needs calibration tokens", fix="add `calibration:`")
         walk.start(tokens, batch_size, first)
     quantized = 0
-    for index in range(first):
+    for _ in range(first):
         advance("already done")
     for index in range(first, len(model.blocks)):
         advance(walk.block(index))

@@ -29,7 +29,8 @@ class GPTQOptions(SchemeOptions):
     desc_act: bool = Field(
         False,
         description="Round columns in the order of falling activation energy. Better quality at "
-        "low bits; without static_groups engines need an index per column (g_idx), which is slower.",
+        "low bits; without static_groups engines need a group index per column (g_idx), "
+        "which is slower.",
     )
     static_groups: bool = Field(
         True,

@@ -129,7 +129,8 @@ def test_matches_the_float64_reference(
     dead=st.integers(0, 5),
 )
 def test_output_error_is_never_above_rtn(
-    seed: int, bits: int, columns: int, desc_act: bool, static_groups: bool, observer: str, dead: int
+    seed: int, bits: int, columns: int, desc_act: bool, static_groups: bool, observer: str,
+    dead: int,
 ) -> None:  # fmt: skip
     weight, hessian = make(seed, 12, columns, dead)
     shared = {"scheme": f"W{bits}A16", "group_size": 16, "observer": observer}
