@@ -26,6 +26,7 @@ calibration:
 variants:
   int8:
     quantize:
+      - smoothquant:               # outlier channels of activations move into the weights
       - gptq: {{scheme: W8A8}}      # int8 weights and activations: cheaper under load
   int4:
     quantize:

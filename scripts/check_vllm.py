@@ -88,7 +88,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--least", type=int, default=18, help="prompts that must agree")
-    parser.add_argument("--dtype", default="bfloat16", help="vLLM's --dtype")
+    parser.add_argument("--dtype", default="float16", help="vLLM's --dtype")
     parser.add_argument("--reference-dtype", default="float32", help="of our own model")
     parser.add_argument("--flag", action="append", default=[], help="further flag for vLLM")
     parser.add_argument("--json", type=Path, help="write results there")
