@@ -11,7 +11,7 @@ from compressor.errors import RecipeError, RunError
 
 BUILTIN_PREFIX = "builtin:"
 _BUILTIN = {
-    "calibration": "calibration.txt",
+    "calibration": "calibration.jsonl",
     "novel": "novel.txt",
     "web": "web.jsonl",
     "prompts": "prompts.jsonl",
