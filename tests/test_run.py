@@ -17,6 +17,11 @@ import yaml
 
 from tests import tiny
 
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(Path(__file__).parent.parent),
+}
 RECIPE: dict[str, Any] = {
     "version": 1,
     "model": {"source": "model"},
@@ -51,7 +56,7 @@ def compress(project: Path, *arguments: str, **environment: str) -> subprocess.C
     return subprocess.run(
         [sys.executable, "-m", "compressor", *(arguments or ("run", "recipe.yaml"))],
         cwd=project,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        env=ENVIRONMENT | environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -136,7 +141,7 @@ def test_killed_run_resumes_to_the_same_bytes(project: Path, tmp_path: Path, blo
     process = subprocess.Popen(
         [sys.executable, "-m", "compressor", "run", "recipe.yaml"],
         cwd=project,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "COMPRESSOR_CHECKPOINT_SECONDS": "0"},
+        env=ENVIRONMENT | {"COMPRESSOR_CHECKPOINT_SECONDS": "0"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -19,6 +19,7 @@ from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import ActivationScheme, Scheme
 
 _INT4_GROUPS = (32, 64, 128, 256)
+_INT8_COLUMNS = 16  # _weight_int8pack_mm reads 16 columns at a time and past the end of others
 DENSE_ROWS = 64
 
 
@@ -142,12 +143,12 @@ def select(tensor: QuantizedTensor, scheme: Scheme, dtype: torch.dtype) -> Kerne
         return None
     weights, activations = scheme.weights, scheme.input_activations
     channel = weights.strategy == "channel" and weights.symmetric
-    if weights.num_bits == 8 and channel and activations is not None and activations.dynamic:
+    if weights.num_bits == 8 and channel and activations is not None:
         return Int8Dynamic(tensor)
     if activations is not None or dtype != torch.bfloat16:
         return None
     out, columns = tensor.codes.shape
-    if weights.num_bits == 8 and channel:
+    if weights.num_bits == 8 and channel and columns % _INT8_COLUMNS == 0:
         return Int8WeightOnly(tensor)
     group_size = columns // tensor.scale.shape[1]
     if weights.num_bits == 4 and group_size in _INT4_GROUPS and out % 16 == 0:

@@ -9,7 +9,7 @@ from torch import nn
 
 from compressor.numerics import kernels
 from compressor.numerics.quantized import QuantizedTensor
-from compressor.numerics.scheme import Scheme
+from compressor.numerics.scheme import ActivationScheme, Scheme
 
 
 class QuantizedLinear(nn.Module):
@@ -47,7 +47,16 @@ class QuantizedLinear(nn.Module):
             kernel: ``reference`` computes with dequantized weights; ``auto`` takes the fastest
                 low-bit kernel of this device, or dequantized weights where it has none.
             dtype: of inputs and outputs.
+
+        Raises:
+            ValueError: the scheme rounds activations otherwise than to symmetric int8 with a
+                scale per token.
         """
+        if scheme.input_activations not in (None, ActivationScheme()):
+            raise ValueError(
+                f"activations of scheme {scheme.name} are {scheme.input_activations}; "
+                "only dynamic symmetric int8 per token is computed"
+            )
         chosen = None
         if kernel == "auto":
             chosen = kernels.select(tensor, scheme, dtype)

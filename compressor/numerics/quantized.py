@@ -39,13 +39,23 @@ class QuantizedTensor:
             raise ValueError("scales are not finite")
         if (self.zero_point is None) != self.scheme.symmetric:
             raise ValueError("a zero point is stored exactly when the grid is asymmetric")
+        if self.zero_point is not None:
+            if self.zero_point.dtype != torch.int8:
+                raise ValueError(f"zero_point is {self.zero_point.dtype}, not int8")
+            if self.zero_point.shape != self.scale.shape:
+                raise ValueError(
+                    f"zero_point is {tuple(self.zero_point.shape)}, not {(out, groups)}"
+                )
         low, high = int(self.codes.min()), int(self.codes.max())
         if low < self.scheme.minimum or high > self.scheme.maximum:
             raise ValueError(
                 f"codes reach from {low} to {high}, beyond {self.scheme.num_bits} bits"
             )
-        if self.g_idx is not None and int(self.g_idx.max()) >= groups:
-            raise ValueError("g_idx names a group that does not exist")
+        if self.g_idx is not None:
+            if tuple(self.g_idx.shape) != (columns,):
+                raise ValueError(f"g_idx is {tuple(self.g_idx.shape)}, not {(columns,)}")
+            if int(self.g_idx.min()) < 0 or int(self.g_idx.max()) >= groups:
+                raise ValueError("g_idx names a group that does not exist")
 
     def column_groups(self) -> torch.Tensor:
         """int64 [in]: the group of each column."""

@@ -97,7 +97,7 @@ class GPTQ:
         )
         tensor = self._round(weight, factor, order)
         error = relative_error(weight, tensor.dequantize(), hessian)
-        if error > rtn.error:
+        if not error <= rtn.error:  # so that an error that is not a number falls back too
             return WeightResult(rtn.tensor, rtn.error, rtn.error, fallback=True, damp=damp)
         return WeightResult(tensor, error, rtn.error, damp=damp)
 

@@ -34,11 +34,13 @@ class RTN:
 
     def quantize(self, weight: torch.Tensor, hessian: torch.Tensor | None = None) -> WeightResult:
         """Quantize float32 [out, in]; ValueError when group_size does not divide ``in`` or the
-        weight is not finite."""
+        weight, or a scale in its storage dtype, is not finite."""
         if not bool(torch.isfinite(weight).all()):
             raise ValueError("the weight holds NaN or infinite values")
         scheme = self.scheme.weights
         scale, zero = grid.fit_grid(weight, scheme, self.options.observer, self.scale_dtype)
+        if not bool(torch.isfinite(scale).all()):
+            raise ValueError(f"the weight is too large for scales stored in {self.scale_dtype}")
         tensor = grid.quantize(weight, scale, zero, scheme)
         error = relative_error(weight, tensor.dequantize(), hessian)
         return WeightResult(tensor, error, error)

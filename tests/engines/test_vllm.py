@@ -67,16 +67,17 @@ def test_int8_loads_and_answers(python: Path, artifacts: Path, tmp_path: Path) -
 
 
 def check(python: Path, directory: Path, tmp_path: Path, least: int) -> dict:
+    output = tmp_path / "result.json"
+    command = ["scripts/check_vllm.py", str(directory), f"--least={least}", f"--json={output}"]
     done = subprocess.run(
-        [sys.executable, "scripts/check_vllm.py", str(directory), "--least", str(least)]
-        + ["--json", str(tmp_path / "result.json")],
+        [sys.executable, *command],
         cwd=ROOT,
         env={**ENVIRONMENT, "COMPRESSOR_VLLM_PYTHON": str(python)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    (result,) = json.loads((tmp_path / "result.json").read_text())
+    (result,) = json.loads(output.read_text())
     return result
 
 

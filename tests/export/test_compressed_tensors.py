@@ -54,7 +54,9 @@ def test_what_is_read_back_is_what_was_quantized(tmp_path: Path, options: dict[s
         assert torch.equal(back.dequantize(), tensor.dequantize())
 
 
-@pytest.mark.parametrize("options", SCHEMES, ids=str)
+# transformers 5.23 expects an asymmetric grid's zero points unpacked, which is not the format's (or
+# vLLM's) layout, and so loads no such checkpoint of any tool.
+@pytest.mark.parametrize("options", [s for s in SCHEMES if s.get("symmetric", True)], ids=str)
 def test_transformers_computes_the_same_from_the_artifact(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:

@@ -92,6 +92,21 @@ def test_scheme_names() -> None:
         Scheme.parse("W4A16", 0)
 
 
+@pytest.mark.parametrize("what", ["zero_shape", "zero_dtype", "g_idx_length", "g_idx_range"])
+def test_malformed_zero_points_and_group_indices_are_refused(what: str) -> None:
+    scheme = WeightScheme(4, False, "group", 4)
+    weight = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    scale, zero = grid.fit_grid(weight, scheme)
+    assert zero is not None
+    codes = grid.quantize(weight, scale, zero, scheme).codes
+    index = torch.tensor([0, 1] * 4, dtype=torch.int32)
+    QuantizedTensor(codes, scale, zero, index, scheme).validate()
+    zeros = {"zero_shape": zero[:, :1], "zero_dtype": zero.float()}.get(what, zero)
+    indices = {"g_idx_length": index[:3], "g_idx_range": index - 1}.get(what, index)
+    with pytest.raises(ValueError, match=what.split("_")[0]):
+        QuantizedTensor(codes, scale, zeros, indices, scheme).validate()
+
+
 @pytest.mark.parametrize("what", ["codes", "scale", "shape", "zero"])
 def test_a_tensor_that_contradicts_its_scheme_is_refused(what: str) -> None:
     scheme = WeightScheme(4, True, "group", 4)

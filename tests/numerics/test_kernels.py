@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
 from compressor.numerics import grid, kernels
 from compressor.numerics.linear import QuantizedLinear
 from compressor.numerics.quantized import QuantizedTensor
-from compressor.numerics.scheme import Scheme
+from compressor.numerics.scheme import ActivationScheme, Scheme
 
 
 def quantized(scheme: Scheme, out: int, columns: int, *, ordered: bool = False) -> QuantizedTensor:
@@ -74,3 +76,42 @@ def test_rows_of_zeros_have_no_nan() -> None:
     assert codes.abs().max() == 0 and torch.isfinite(scale).all()
     codes, scale = kernels.quantize_rows(torch.tensor([[-2.0, 1.0, 0.5]]))
     assert codes.tolist() == [[-127, 64, 32]] and float(scale) == pytest.approx(2 / 127)
+
+
+@pytest.mark.parametrize("columns", [8, 20, 24, 100])
+def test_columns_that_the_int8_kernel_would_read_past_are_computed_densely(columns: int) -> None:
+    scheme = Scheme.parse("W8A16")
+    tensor = quantized(scheme, 33, columns)
+    linear = QuantizedLinear.from_tensor(tensor, scheme, None, kernel="auto", dtype=torch.bfloat16)
+    assert linear.kernel_name == "dequantized-bfloat16"
+    x = torch.randn(3, columns, generator=torch.Generator().manual_seed(2)).bfloat16()
+    expected = exact(tensor, scheme, x)
+    assert float((linear(x).double() - expected).norm() / expected.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+@pytest.mark.parametrize(
+    "activations",
+    [
+        ActivationScheme(dynamic=False),
+        ActivationScheme(strategy="tensor"),
+        ActivationScheme(symmetric=False),
+        ActivationScheme(num_bits=4),
+    ],
+)
+def test_activation_schemes_that_are_not_computed_are_refused(
+    kernel: Literal["reference", "auto"], activations: ActivationScheme
+) -> None:
+    scheme = Scheme.parse("W8A8")
+    other = Scheme("other", scheme.weights, activations)
+    with pytest.raises(ValueError, match="only dynamic symmetric int8 per token"):
+        QuantizedLinear.from_tensor(quantized(scheme, 16, 16), other, None, kernel=kernel)
+
+
+@pytest.mark.parametrize("name", ["W8A8", "W8A16", "W4A16"])
+def test_no_rows_give_no_rows(name: str) -> None:
+    scheme = Scheme.parse(name)
+    linear = QuantizedLinear.from_tensor(
+        quantized(scheme, 32, 128), scheme, None, kernel="auto", dtype=torch.bfloat16
+    )
+    assert linear(torch.zeros(0, 128, dtype=torch.bfloat16)).shape == (0, 32)

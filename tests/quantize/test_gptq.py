@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from compressor.quantize import registry
 from compressor.quantize.gptq import GPTQ, GPTQOptions, inverse_factor
+from compressor.quantize.registry import SchemeOptions
+from compressor.quantize.rtn import RTN
 
 NEAR_TIE = 2e-3
 
@@ -109,6 +111,7 @@ def test_matches_the_float64_reference(
     result = GPTQ(options).quantize(weight, hessian)
     result.tensor.validate()
     if result.fallback:  # the whole layer was worse than round-to-nearest: so is the reference
+        assume(sure.all())
         h = hessian.double().numpy()
         e = expected - weight.double().numpy()
         scale = ((weight.double().numpy() @ h) * weight.double().numpy()).sum()
@@ -190,6 +193,17 @@ def test_damping_grows_where_the_factorisation_fails() -> None:
     _, damp = inverse_factor(hessian, 1e-4)
     assert damp > 1e-4
     assert torch.isfinite(inverse_factor(hessian, 1e-4)[0]).all()
+
+
+def test_codes_that_overflow_fall_back_to_rtn() -> None:
+    """Error feedback can push a group past what its scale's dtype holds; no NaN may come out."""
+    weight, hessian = make(4, 8, 64)
+    weight *= 3e5 / weight.abs().max()
+    result = GPTQ(GPTQOptions(group_size=8), torch.float16).quantize(weight, hessian)
+    nearest = RTN(SchemeOptions(group_size=8), torch.float16).quantize(weight, hessian)
+    result.tensor.validate()
+    assert result.error <= nearest.error
+    assert torch.isfinite(result.tensor.dequantize()).all()
 
 
 def test_no_statistics_at_all_still_gives_codes() -> None:

@@ -35,3 +35,8 @@ def test_no_other_code_is_closer(seed: int, bits: int, group_size: int, symmetri
 def test_non_finite_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
         RTN(SchemeOptions()).quantize(torch.full((2, 128), torch.nan))
+
+
+def test_scales_beyond_their_storage_dtype_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"too large for scales stored in torch\.float16"):
+        RTN(SchemeOptions(), torch.float16).quantize(torch.full((2, 128), 1e6))
