@@ -198,11 +198,11 @@ def test_damping_grows_where_the_factorisation_fails() -> None:
 def test_codes_that_overflow_fall_back_to_rtn() -> None:
     """Error feedback can push a group past what its scale's dtype holds; no NaN may come out."""
     weight, hessian = make(4, 8, 64)
-    weight *= 3e5 / weight.abs().max()
+    weight *= 4.9e5 / weight.abs().max()
     result = GPTQ(GPTQOptions(group_size=8), torch.float16).quantize(weight, hessian)
     nearest = RTN(SchemeOptions(group_size=8), torch.float16).quantize(weight, hessian)
     result.tensor.validate()
-    assert result.error <= nearest.error
+    assert result.fallback and result.error == nearest.error
     assert torch.isfinite(result.tensor.dequantize()).all()
 
 
