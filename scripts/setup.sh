@@ -15,7 +15,8 @@ python="${PYTHON:-python3}"
   echo "setup: Python 3.11 or newer is needed; set PYTHON to its interpreter" >&2
   exit 2
 }
-[[ -x .venv/bin/python ]] || "$python" -m venv .venv
+# Without Debian's python3-venv the first try leaves an environment without pip: mend it.
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv .venv
 pip() { .venv/bin/python -m pip --quiet --disable-pip-version-check "$@" 2> >(grep -v '^WARNING: Location' >&2); }
 
 # Without an NVIDIA GPU the CPU build of torch saves gigabytes: take it from PyTorch's own index

@@ -7,7 +7,8 @@ stamp=".venv-vllm/.stamp"
 wanted="$(sha256sum < scripts/setup_vllm_cpu.sh | cut -d' ' -f1)"
 [[ -f $stamp && "$(cat "$stamp")" == "$wanted" ]] && exit 0
 
-[[ -x .venv-vllm/bin/python ]] || "${PYTHON:-python3}" -m venv .venv-vllm
+# Without Debian's python3-venv the first try leaves an environment without pip: mend it.
+.venv-vllm/bin/python -m pip --version >/dev/null 2>&1 || "${PYTHON:-python3}" -m venv .venv-vllm
 pip() { .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check "$@" 2> >(grep -v '^WARNING: Location' >&2); }
 echo "setup: installing vLLM (CPU build); this downloads once"
 pip install torch==2.13.0

@@ -73,10 +73,8 @@ def load_texts(
 def _read(path: Path) -> list[Any]:
     try:
         if path.suffix == ".parquet":
-            from datasets import Dataset
-
-            return list(Dataset.from_parquet(str(path)))
-        content = path.read_text(encoding="utf-8")
+            return _parquet(path)
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(
             f"the file is not UTF-8 (byte {error.start})",
@@ -85,7 +83,8 @@ def _read(path: Path) -> list[Any]:
         ) from error
     if path.suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(content.splitlines(), 1):
+        # Not splitlines(): JSON strings may hold U+2028, U+0085 and their like as they are.
+        for number, line in enumerate(content.split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -102,6 +101,19 @@ def _read(path: Path) -> list[Any]:
             raise RecipeError("the file is not JSON", where=str(path), fix="mend it") from error
         return value if isinstance(value, list) else [value]
     return [content]
+
+
+def _parquet(path: Path) -> list[Any]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            return file.read().to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise RecipeError(
+            "the file is not Parquet", where=str(path), fix="write it again or give another"
+        ) from error
 
 
 def _hub(source: str, split: str) -> list[Any]:
@@ -126,6 +138,8 @@ def _text(row: Any, field: str, source: str, tokenizer: Any) -> str:
             "a row is neither a text nor an object", where=source, fix="use JSON objects"
         )
     value = row.get(field, row.get("messages"))
+    if value is None and field in row:
+        return ""  # a row without a text is skipped like an empty one
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and isinstance(value[0], dict):

@@ -7,7 +7,7 @@ before some of them. Every window of one source has the same length.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,20 @@ import numpy as np
 from compressor.errors import RecipeError
 
 
-def tokenise(texts: Sequence[str], tokenizer: Any) -> np.ndarray:
-    """All documents as one run of int32 token ids, EOS between documents where there is one."""
+def tokenise(texts: Iterable[str], tokenizer: Any, max_tokens: int | None = None) -> np.ndarray:
+    """Documents as one run of int32 token ids, EOS between documents where there is one.
+
+    With ``max_tokens``, the first that many: documents beyond them are not tokenised.
+    """
     end = tokenizer.eos_token_id
     pieces: list[int] = []
     for number, text in enumerate(texts):
+        if max_tokens is not None and len(pieces) >= max_tokens:
+            break
         if number and end is not None:
             pieces.append(end)
         pieces.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return np.asarray(pieces, dtype=np.int32)
+    return np.asarray(pieces[:max_tokens], dtype=np.int32)
 
 
 def pack_tokens(
@@ -49,7 +54,7 @@ def pack_tokens(
 
 
 def evaluation_windows(
-    texts: Sequence[str], tokenizer: Any, length: int, max_tokens: int
+    texts: Iterable[str], tokenizer: Any, length: int, max_tokens: int
 ) -> tuple[np.ndarray, int]:
     """Evaluation windows in the order of the text, and how many bytes they predict.
 
@@ -60,7 +65,7 @@ def evaluation_windows(
     Raises:
         RecipeError: the text is shorter than one window.
     """
-    tokens = tokenise(texts, tokenizer)[:max_tokens]
+    tokens = tokenise(texts, tokenizer, max_tokens)
     count = len(tokens) // length
     if not count:
         raise RecipeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,27 @@ def test_local_files_of_every_kind(tmp_path: Path) -> None:
     assert load_texts("a.parquet", base_dir=tmp_path) == ["p", "q"]
 
 
+def test_text_as_the_web_has_it(tmp_path: Path) -> None:
+    """Line separators inside JSON strings, a byte order mark, rows without a text."""
+    lines = '\ufeff{"text": "a\u2028b\x85c"}\r\n{"text": null}\n{"text": "d"}\n'
+    (tmp_path / "a.jsonl").write_bytes(lines.encode())
+    (tmp_path / "a.txt").write_bytes("\ufeffhello".encode())
+    assert load_texts("a.jsonl", base_dir=tmp_path) == ["a\u2028b\x85c", "d"]
+    assert load_texts("a.txt", base_dir=tmp_path) == ["hello"]
+
+
+def test_no_more_is_tokenised_than_is_evaluated() -> None:
+    tokenizer = tiny.tokenizer()
+    texts = load_texts("builtin:web", base_dir=Path())
+    assert np.array_equal(tokenise(texts, tokenizer, 5000), tokenise(texts, tokenizer)[:5000])
+
+    def endless() -> Iterator[str]:
+        while True:
+            yield texts[0]
+
+    assert evaluation_windows(endless(), tokenizer, 64, 8192)[0].shape == (128, 64)
+
+
 def test_chats_go_through_the_template(tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer()
     row = {"messages": [{"role": "user", "content": "hi"}]}
@@ -63,6 +85,8 @@ def test_chats_go_through_the_template(tmp_path: Path) -> None:
         (b"[1, 2", "x.json", "not JSON"),
         (b'{"other": "a"}\n', "x.jsonl", "they have other"),
         (b"[1]", "x.json", "neither a text nor an object"),
+        (b"nope", "x.parquet", "not Parquet"),
+        (b'{"text": null}\n', "x.jsonl", "empty"),
     ],
 )
 def test_bad_files(tmp_path: Path, content: bytes, name: str, words: str) -> None:

@@ -6,6 +6,7 @@ OpenAI-compatible address, so neither its torch nor its transformers has to matc
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from typing import Any
 from compressor.errors import RunError
 
 LOG_TAIL_LINES = 25
+STOP_SECONDS = 10.0
 
 
 class VllmServer:
@@ -142,15 +144,17 @@ class VllmServer:
         except urllib.error.HTTPError as error:
             detail = error.read().decode("utf-8", "replace")[:500]
             raise RunError(f"vLLM answered {error.code}: {detail}", where=path) from error
+        except (OSError, http.client.HTTPException) as error:  # it died, or hangs
+            raise self._failed(f"vLLM did not answer {path} ({type(error).__name__})") from error
 
     def stop(self) -> None:
-        """End the server and its workers: asked first, killed after ten seconds."""
+        """End the server and its workers: asked first, killed after `STOP_SECONDS`."""
         if self.process is None:
             return
         for signal_ in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(self.process.pid, signal_)
-                self.process.wait(10)
+                self.process.wait(STOP_SECONDS)
             except ProcessLookupError:
                 break
             except subprocess.TimeoutExpired:
