@@ -6,7 +6,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils.helpers import calculate_qparams
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from compressor.numerics import grid
@@ -63,6 +63,8 @@ def test_zero_groups_stay_zero() -> None:
     columns=st.sampled_from([8, 32, 64]),
     dim=st.sampled_from([0, 1]),
 )
+@example(bits=4, rows=1, columns=8, dim=0)
+@example(bits=4, rows=8, columns=32, dim=0)
 def test_packing_is_reversible(bits: int, rows: int, columns: int, dim: int) -> None:
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, columns), dtype=torch.int8)
     packed = pack_int32(codes, bits, packed_dim=dim)  # type: ignore[arg-type]
