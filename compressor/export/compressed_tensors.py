@@ -129,11 +129,7 @@ def export(
     writer.close()
     config["quantization_config"] = quantization_config(scheme, ignore)
     _write_json(directory / "config.json", config)
-    _write_json(directory / "compression.json", provenance)
-    for pattern in _COPIED:
-        for path in sorted(model_dir.glob(pattern)):
-            shutil.copyfile(path, directory / path.name)
-    write_sums(directory)
+    _complete(model_dir, provenance, directory)
 
 
 def export_dense(model_dir: Path, provenance: dict[str, Any], directory: Path) -> None:
@@ -145,6 +141,11 @@ def export_dense(model_dir: Path, provenance: dict[str, Any], directory: Path) -
         writer.add(name, source.tensor(name))
     writer.close()
     shutil.copyfile(model_dir / "config.json", directory / "config.json")
+    _complete(model_dir, provenance, directory)
+
+
+def _complete(model_dir: Path, provenance: dict[str, Any], directory: Path) -> None:
+    """Add what every artifact carries beside its weights and config, and the hashes of it all."""
     _write_json(directory / "compression.json", provenance)
     for pattern in _COPIED:
         for path in sorted(model_dir.glob(pattern)):
