@@ -6,16 +6,18 @@ OpenAI-compatible address, so neither its torch nor its transformers has to matc
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -76,15 +78,15 @@ class VllmServer:
             "VLLM_NO_USAGE_STATS": "1",
         }
         environment.pop("PYTHONPATH", None)
-        with open(self.log, "wb") as output:
-            self.process = subprocess.Popen(
-                self.command,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # so that its workers are stopped with it
-            )
         try:
+            with open(self.log, "wb") as output, _interrupt_held():
+                self.process = subprocess.Popen(
+                    self.command,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,  # so that its workers are stopped with it
+                )
             self._wait()
         except BaseException:
             self.stop()
@@ -161,6 +163,22 @@ class VllmServer:
                 continue
         self.process.wait()
         self.process = None
+
+
+@contextlib.contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """Let Ctrl-C take effect only at the end: a child is never started and then not known of."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # the interrupt goes to the main thread only
+        return
+    held: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _free_port() -> int:
