@@ -84,8 +84,8 @@ class TextSource(_Section):
 
     source: str = Field(
         min_length=1,
-        description="builtin:calibration, builtin:novel, builtin:web; a .txt, .jsonl, .json or "
-        ".parquet file relative to the recipe; or a data set on the Hub.",
+        description="builtin:calibration, builtin:novel, builtin:web or builtin:questions; a "
+        ".txt, .jsonl, .json or .parquet file relative to the recipe; or a data set on the Hub.",
     )
     split: str | None = Field(None, description="Split of a Hub data set; train when not given.")
     field: str = Field("text", description="Column that holds the text, or a list of messages.")

@@ -39,6 +39,7 @@ evaluate:
   texts:
     - {{name: novel, source: "builtin:novel"}}
     - {{name: web, source: "builtin:web"}}
+    - {{name: questions, source: "builtin:questions"}}
 
 # What each token costs on this device, under your load.
 measure:

@@ -14,6 +14,7 @@ _BUILTIN = {
     "calibration": "calibration.jsonl",
     "novel": "novel.txt",
     "web": "web.jsonl",
+    "questions": "questions.jsonl",
     "prompts": "prompts.jsonl",
 }
 _SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")

@@ -15,7 +15,7 @@ from compressor.errors import RecipeError, RunError
 from tests import tiny
 
 
-@pytest.mark.parametrize("name", ["calibration", "novel", "web", "prompts"])
+@pytest.mark.parametrize("name", ["calibration", "novel", "web", "questions", "prompts"])
 def test_built_in_texts(name: str) -> None:
     field = "prompt" if name == "prompts" else "text"
     assert sum(map(len, load_texts(f"builtin:{name}", field=field, base_dir=Path()))) > 9_000
