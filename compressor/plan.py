@@ -364,7 +364,7 @@ class _Speed:
         f = self.facts
         heads = 2 if variant else 1
         flops = tokens * 2 * (f.parameters + (heads - 1) * f.vocabulary * f.hidden)
-        elementwise = tokens * heads * f.vocabulary * 2e-9
+        elementwise = tokens * heads * f.vocabulary * 1.2e-9
         memory = self.BASE_MEMORY + 4 * f.parameters * heads + 4 * tokens * f.hidden
         disk = 12 * tokens + (0 if variant else 4 * tokens * f.hidden)
         return Estimate(8 + flops / self.flops + elementwise, memory, disk)
@@ -372,7 +372,7 @@ class _Speed:
     def measure(self, workload: Any, variants: int) -> Estimate:
         step = 0.01 + 2 * self.facts.parameters / 1e10
         per_variant = sum(
-            workload.rounds * workload.requests / c * workload.output_length * step * (1 + c / 16)
+            workload.requests / c * workload.output_length * step * (1 + c / 16)
             for c in workload.concurrency
         )
         memory = self.BASE_MEMORY + variants * 3 * self.facts.parameters
