@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import RunError
+from compressor.quantize import registry
 from compressor.store import Store, content_key
 
 if TYPE_CHECKING:
     from compressor.models.source import ResolvedSource
-    from compressor.recipe import Recipe
+    from compressor.recipe import Recipe, Variant
 
 BASELINE = "baseline"
 _PACKAGE = Path(__file__).parent
@@ -33,6 +34,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "load": ("models",),
     "calibrate": ("data",),
     "texts": ("data",),
+    "sensitivity": ("numerics", "models", "quantize"),
     "quantize": ("numerics", "models", "quantize"),
     "export": ("numerics", "models", "export"),
     "evaluate": ("numerics", "models", "evaluate"),
@@ -214,10 +216,10 @@ class _Builder:
             speed.load(resolved.kind),
             local={"resolved": resolved},
         )
-        calibration = None
+        calibration, walk = None, {}
         if recipe.calibration is not None:
             settings = recipe.calibration.model_dump(mode="json")
-            batch_size = settings.pop("batch_size")
+            walk = {key: settings.pop(key) for key in ("batch_size", "all_experts")}
             calibration = self.add(
                 "calibrate",
                 "calibrate",
@@ -235,15 +237,19 @@ class _Builder:
             if name not in wanted:
                 continue
             steps = [step.dump() for step in variant.quantize]
-            needs = any(step.needs_hessian for step in variant.quantize)
-            config = {"steps": steps, "ignore": list(variant.ignore)}
+            precision = variant.precision
+            needs = precision or any(step.needs_calibration for step in variant.quantize)
+            config: dict[str, Any] = {"steps": steps, "ignore": list(variant.ignore)}
             inputs = [model]
             tokens = 0
             if needs:
                 assert recipe.calibration is not None and calibration is not None
                 inputs.append(calibration)
-                config["batch_size"] = batch_size
+                config |= walk
                 tokens = recipe.calibration.samples * recipe.calibration.length
+            if precision is not None and calibration is not None:
+                inputs.append(self._sensitivity(model, calibration, variant))
+                config["precision"] = precision.model_dump(exclude={"samples"})
             quantized[name] = self.add(
                 f"quantize:{name}",
                 "quantize",
@@ -274,6 +280,32 @@ class _Builder:
                 speed.measure(recipe.measure.workload, len(exports)),
                 local={"base_dir": recipe.base_dir},
             )
+
+    def _sensitivity(self, model: str, calibration: str, variant: Variant) -> str:
+        """Shared by the variants that ask for the same schemes on the same grids."""
+        precision, calibrated = variant.precision, self.recipe.calibration
+        assert precision is not None and calibrated is not None
+        quantizer = next(s for s in variant.quantize if registry.get(s.algorithm).kind == "weights")
+        config: dict[str, Any] = {
+            "schemes": precision.schemes,
+            "grid": {
+                key: getattr(quantizer.options, key, None) for key in ("group_size", "symmetric")
+            },
+            "samples": min(precision.samples, calibrated.samples),
+            "batch_size": calibrated.batch_size,
+        }
+        for stage in self.stages.values():
+            if stage.kind == "sensitivity" and stage.config == json.loads(json.dumps(config)):
+                return stage.name
+        number = sum(stage.kind == "sensitivity" for stage in self.stages.values())
+        tokens = config["samples"] * calibrated.length
+        return self.add(
+            f"sensitivity:{number}",
+            "sensitivity",
+            config,
+            [model, calibration],
+            self.speed.sensitivity(tokens, len(precision.schemes)),
+        )
 
     def _export(self, variant: str, fmt: str, inputs: list[str]) -> str:
         size = self.speed.bytes_per_weight(variant != BASELINE) * self.facts.parameters
@@ -359,6 +391,13 @@ class _Speed:
         statistics = tokens * (3 * f.hidden**2 + f.intermediate**2)
         solve = 3 * self.block_parameters * f.intermediate
         return Estimate(5 + layers * (forward + statistics + solve) / self.flops, memory, disk)
+
+    def sensitivity(self, tokens: int, schemes: int) -> Estimate:
+        f = self.facts
+        flops = (4 + schemes) * 2 * f.layers * self.block_parameters * tokens
+        flops += 3 * 2 * tokens * f.vocabulary * f.hidden
+        memory = self.BASE_MEMORY + 16 * self.block_parameters + 8 * f.vocabulary * f.hidden
+        return Estimate(5 + flops / self.flops, memory, 4 * tokens * f.hidden * (f.layers + 1))
 
     def evaluate(self, tokens: int, *, variant: bool) -> Estimate:
         f = self.facts

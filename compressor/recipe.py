@@ -29,6 +29,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from compressor.errors import RecipeError
+from compressor.numerics.scheme import Scheme
 from compressor.quantize import registry
 
 MAX_RECIPE_BYTES = 1 << 18
@@ -98,6 +99,11 @@ class Calibration(TextSource):
     length: int = Field(512, ge=8, description="Tokens per window.")
     seed: int = Field(0, ge=0, description="Seed of the choice of windows.")
     batch_size: int = Field(8, ge=1, description="Windows per forward pass.")
+    all_experts: bool = Field(
+        False,
+        description="Run every token through every expert of a mixture while statistics are taken, "
+        "so that rarely chosen experts are calibrated too.",
+    )
 
 
 class Step(_Section):
@@ -127,12 +133,48 @@ class Step(_Section):
         return cast(BaseModel, getattr(self, self.algorithm))
 
     @property
-    def needs_hessian(self) -> bool:
-        return registry.get(self.algorithm).needs_hessian
+    def needs_calibration(self) -> bool:
+        return cast(registry.AlgorithmOptions, self.options).needs_calibration
 
     def dump(self) -> dict[str, Any]:
         """``{algorithm: options}`` with every default filled in."""
         return {self.algorithm: self.options.model_dump(mode="json")}
+
+
+class Precision(_Section):
+    """Mixed precision: bits go to the layers that lose most without them. Give one budget."""
+
+    schemes: list[str] = Field(
+        default_factory=lambda: ["W4A16", "W8A16"],
+        min_length=2,
+        description="Schemes to choose from, with the quantizer's group_size.",
+        json_schema_extra={"default": ["W4A16", "W8A16"]},
+    )
+    mean_bits: float | None = Field(
+        None, gt=0, description="Budget: bits of the codes per weight, scales not counted."
+    )
+    size_gb: float | None = Field(
+        None, gt=0, description="Budget: size of the quantized linears, scales included, in GB."
+    )
+    max_loss: float | None = Field(
+        None, gt=0, description="Budget: predicted rise of the mean loss, nats per token."
+    )
+    samples: int = Field(16, ge=1, description="Calibration windows to measure sensitivities on.")
+
+    @field_validator("schemes")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            Scheme.parse(name)
+        if len(set(names)) != len(names):
+            raise ValueError("two schemes are the same")
+        return names
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Precision:
+        if sum(b is not None for b in (self.mean_bits, self.size_gb, self.max_loss)) != 1:
+            raise ValueError("give exactly one of mean_bits, size_gb and max_loss")
+        return self
 
 
 class Variant(_Section):
@@ -147,15 +189,21 @@ class Variant(_Section):
         description="Linears to leave as they are: names in the checkpoint, or regular expressions "
         "that match the whole name.",
     )
+    precision: Precision | None = Field(
+        None, description="A scheme of its own for every layer, within a budget."
+    )
 
     @field_validator("quantize")
     @classmethod
-    def _ends_in_a_quantizer(cls, steps: list[Step]) -> list[Step]:
+    def _in_order(cls, steps: list[Step]) -> list[Step]:
         kinds = [registry.get(step.algorithm).kind for step in steps]
-        if kinds[-1] != "weights" or "weights" in kinds[:-1]:
-            raise ValueError("the last step, and only it, must be a quantizer such as gptq or rtn")
-        if len(steps) > 2:
-            raise ValueError("at most one step may stand before the quantizer")
+        if kinds.count("weights") != 1:
+            raise ValueError("exactly one step must be a quantizer such as gptq or rtn")
+        if kinds != sorted(kinds, key=registry.KINDS.index):
+            raise ValueError(
+                "steps come in this order: transforms (smoothquant, awq), the quantizer, "
+                "refinements (coordinate_descent, signround)"
+            )
         return steps
 
     @field_validator("ignore")
@@ -288,7 +336,9 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         for name, variant in self.variants.items():
-            if self.calibration is None and any(step.needs_hessian for step in variant.quantize):
+            steps = variant.quantize
+            needs = variant.precision is not None or any(s.needs_calibration for s in steps)
+            if self.calibration is None and needs:
                 raise PydanticCustomError(
                     "needs_calibration",
                     "its algorithm needs a `calibration:` section in the recipe",

@@ -19,8 +19,6 @@ from compressor.store import StoredStage
 if TYPE_CHECKING:
     from torch import nn
 
-    from compressor.numerics.scheme import Scheme
-
 
 @dataclass(frozen=True)
 class Context:
@@ -148,6 +146,34 @@ def texts(context: Context) -> dict[str, Any]:
     return {"texts": found, "length": context.config["length"]}
 
 
+def sensitivity(context: Context) -> dict[str, Any]:
+    """Predict what every scheme costs every linear."""
+    from dataclasses import asdict
+
+    import numpy as np
+    import torch
+
+    from compressor.models.architecture import CausalLM
+    from compressor.numerics.scheme import Scheme
+    from compressor.quantize.sensitivity import measure_sensitivity
+
+    c = context.config
+    grid = {key: value for key, value in c["grid"].items() if value is not None}
+    tokens = np.load(context.need("calibrate").path / "tokens.npy")[: c["samples"]]
+    model = CausalLM.open(context.model_dir)
+    with context.progress.task("sensitivity", 2 * len(model.blocks)) as task:
+        found = measure_sensitivity(
+            model,
+            [Scheme.parse(name, **grid) for name in c["schemes"]],
+            tokens,
+            context.directory,
+            batch_size=c["batch_size"],
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            advance=task.advance,
+        )
+    return {"tokens": int(tokens.size), "linears": [asdict(one) for one in found]}
+
+
 def quantize(context: Context) -> dict[str, Any]:
     """Quantize every block's linears by the variant's algorithm."""
     import numpy as np
@@ -156,10 +182,13 @@ def quantize(context: Context) -> dict[str, Any]:
     from compressor.models.architecture import CausalLM
     from compressor.quantize.driver import quantize_model
 
-    transforms, algorithm = _algorithms(context.config["steps"], _scale_dtype(context.need("load")))
+    transforms, algorithm, refinements = _algorithms(
+        context.config["steps"], _scale_dtype(context.need("load"))
+    )
     calibration = context.find("calibrate")
     tokens = np.load(calibration.path / "tokens.npy") if calibration else None
     model = CausalLM.open(context.model_dir)
+    exceptions, allocation = _allocation(context)
     title = f"quantize {context.stage.variant}"
     with context.progress.task(title, len(model.blocks)) as task:
 
@@ -167,17 +196,21 @@ def quantize(context: Context) -> dict[str, Any]:
             task.update(note=note)
             task.advance(1)
 
-        return quantize_model(
+        facts = quantize_model(
             model,
             algorithm,
             context.directory,
             transforms=transforms,
+            refinements=refinements,
+            exceptions=exceptions,
             tokens=tokens,
             ignore=context.config["ignore"],
             batch_size=context.config.get("batch_size", 1),
+            all_experts=context.config.get("all_experts", False),
             device="cuda" if torch.cuda.is_available() else "cpu",
             advance=advance,
         )
+    return facts | ({"allocation": allocation} if allocation else {})
 
 
 def export(context: Context) -> dict[str, Any]:
@@ -203,11 +236,9 @@ def export(context: Context) -> dict[str, Any]:
             for stored in (load, quantized):
                 stored.verify()
             ignore = [entry["name"] for entry in quantized.result["coverage"]["skipped"]]
-            scheme = _scheme(quantized)
             formats.export(
                 context.model_dir,
-                iterate_quantized(quantized.path, scheme),
-                scheme,
+                iterate_quantized(quantized.path),
                 ignore,
                 provenance,
                 target,
@@ -298,6 +329,7 @@ FUNCTIONS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "load": load,
     "calibrate": calibrate,
     "texts": texts,
+    "sensitivity": sensitivity,
     "quantize": quantize,
     "export": export,
     "evaluate": evaluate,
@@ -311,29 +343,56 @@ def _tokenizer(context: Context) -> Any:
     return AutoTokenizer.from_pretrained(context.model_dir)
 
 
-def _algorithms(steps: list[dict[str, Any]], scale_dtype: Any) -> tuple[list[Any], Any]:
-    """(transforms, quantizer) of a variant's steps."""
+def _algorithms(steps: list[dict[str, Any]], scale_dtype: Any) -> tuple[list[Any], Any, list[Any]]:
+    """(transforms, quantizer, refinements) of a variant's steps."""
     from compressor.quantize import registry
 
-    made = []
+    made: dict[str, list[Any]] = {kind: [] for kind in registry.KINDS}
     for step in steps:
         ((name, options),) = step.items()
         cls = registry.get(name)
         settings = cls.Options(**options)
-        made.append(cls(settings, scale_dtype) if cls.kind == "weights" else cls(settings))
-    return made[:-1], made[-1]
+        one = cls(settings) if cls.kind == "transform" else cls(settings, scale_dtype)
+        made[cls.kind].append(one)
+    return made["transform"], made["weights"][0], made["refinement"]
+
+
+def _allocation(context: Context) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(algorithm by linear, what to record) of mixed precision; empty without a budget."""
+    from dataclasses import asdict
+
+    from compressor.quantize.precision import allocate_precision
+    from compressor.quantize.sensitivity import Sensitivity
+
+    budget = context.config.get("precision")
+    if not budget:
+        return {}, None
+    measured = context.need("sensitivity")
+    linears = [Sensitivity(**one) for one in measured.result["linears"]]
+    allocation = allocate_precision(
+        linears,
+        mean_bits=budget["mean_bits"],
+        most_bytes=budget["size_gb"] and budget["size_gb"] * 1e9,
+        most_loss=budget["max_loss"],
+        ignore=context.config["ignore"],
+    )
+    dtype = _scale_dtype(context.need("load"))
+    made = {}
+    for scheme in budget["schemes"]:
+        steps = [
+            {name: options | {"scheme": scheme}} if "scheme" in options else {name: options}
+            for step in context.config["steps"]
+            for name, options in step.items()
+        ]
+        made[scheme] = _algorithms(steps, dtype)[1]
+    exceptions = {name: made[scheme] for name, scheme in allocation.schemes.items()}
+    return exceptions, asdict(allocation)
 
 
 def _scale_dtype(load: StoredStage) -> Any:
     import torch
 
     return getattr(torch, load.result["dtype"])
-
-
-def _scheme(quantized: StoredStage) -> Scheme:
-    from compressor.numerics.scheme import Scheme
-
-    return Scheme.from_dict(quantized.result["scheme"])
 
 
 def _quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn.Module:
@@ -344,10 +403,9 @@ def _quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn
     from compressor.numerics.linear import QuantizedLinear
     from compressor.quantize.driver import iterate_quantized, replaced_tensors
 
-    scheme = _scheme(quantized)
     model = CausalLM.open(directory)
     refs = {ref.name: ref for i in range(len(model.blocks)) for ref in model.linears(i)}
-    for name, tensor in iterate_quantized(quantized.path, scheme):
+    for name, tensor, scheme in iterate_quantized(quantized.path):
         ref = refs[name]
         bias = model.checkpoint.tensor(f"{name}.bias") if ref.module.bias is not None else None
         linear = QuantizedLinear.from_tensor(

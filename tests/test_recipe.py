@@ -10,7 +10,6 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, ConfigDict
 
 from compressor.errors import RecipeError
 from compressor.quantize import registry
@@ -99,11 +98,11 @@ def test_an_algorithm_may_be_named_alone(tmp_path: Path) -> None:
         (GOOD.replace("int4:", "..:"), 5, "match pattern"),
         (GOOD.replace("int4:", "a/b:"), 5, "match pattern"),
         (GOOD.replace("int4:", "/etc:"), 5, "match pattern"),
-        (GOOD.replace("- gptq", "- rtn: {}\n      - gptq"), 6, "the last step"),
+        (GOOD.replace("- gptq", "- rtn: {}\n      - gptq"), 6, "exactly one step"),
         (
-            GOOD.replace("- gptq", "- smoothquant\n      - smoothquant\n      - gptq"),
+            GOOD.replace("- gptq", "- coordinate_descent\n      - gptq"),
             6,
-            "at most one step",
+            "steps come in this order",
         ),
         (GOOD + "evaluate: {texts: [{name: a/b, source: x}]}\n", 8, "match pattern"),
         (GOOD + "measure: {workload: {concurrency: [0]}}\n", 8, "greater than or equal to 1"),
@@ -184,18 +183,21 @@ def test_options_of_a_third_party_algorithm_are_validated(
     class Ternary:
         """Three levels."""
 
-        class Options(BaseModel):
-            model_config = ConfigDict(extra="forbid")
+        class Options(registry.AlgorithmOptions):
             threshold: float = 0.5
 
-        kind, needs_hessian = "weights", False
+            @property
+            def needs_calibration(self) -> bool:
+                return False
+
+        kind = "weights"
 
     monkeypatch.setitem(registry._REGISTRY, "ternary", Ternary)
     recipe_model.cache_clear()
     try:
         text = "version: 1\nmodel: {source: a/b}\nvariants:\n  v:\n    quantize: [ternary: {%s}]\n"
         (step,) = load(tmp_path, text % "threshold: 1").variants["v"].quantize  # type: ignore[attr-defined]
-        assert step.dump() == {"ternary": {"threshold": 1.0}} and not step.needs_hessian
+        assert step.dump() == {"ternary": {"threshold": 1.0}} and not step.needs_calibration
         with pytest.raises(RecipeError, match=r"yaml:5: .*did you mean 'threshold'"):
             load(tmp_path, text % "treshold: 1")
     finally:

@@ -13,8 +13,9 @@ Format: https://github.com/vllm-project/compressed-tensors. ``config.json`` carr
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,13 +49,39 @@ _COPIED = (
 )
 
 
-def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
-    """``quantization_config`` of a model whose quantized linears all share ``scheme``.
+def quantization_config(schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
+    """``quantization_config`` of a model.
 
     Args:
-        scheme: weights and activations.
+        schemes: of every quantized linear, by name.
         ignore: names of linears that stay as they are.
     """
+    members: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        members.setdefault(scheme, []).append(name)
+    order = sorted(members, key=lambda scheme: (scheme.name, str(scheme)))
+    formats = {scheme: _format(scheme) for scheme in order}
+    mixed = len(set(formats.values())) > 1
+    groups = {}
+    for number, scheme in enumerate(order):
+        # Names, where several schemes share a model: engines look those up before classes.
+        targets = ["Linear"] if len(order) == 1 else sorted(members[scheme])
+        groups[f"group_{number}"] = {"targets": targets, **_config_group(scheme)}
+        if mixed:
+            groups[f"group_{number}"]["format"] = formats[scheme]
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "mixed-precision" if mixed else formats[order[0]],
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": sorted(ignore),
+        "kv_cache_scheme": None,
+    }
+    QuantizationConfig.model_validate(config)  # the format's own library must accept it
+    return config
+
+
+def _config_group(scheme: Scheme) -> dict[str, Any]:
     weights: dict[str, Any] = {
         "num_bits": scheme.weights.num_bits,
         "type": "int",
@@ -73,29 +100,12 @@ def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]
             "strategy": scheme.input_activations.strategy,
             "dynamic": scheme.input_activations.dynamic,
         }
-    config = {
-        "quant_method": "compressed-tensors",
-        "format": _format(scheme),
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": activations,
-                "output_activations": None,
-            }
-        },
-        "ignore": sorted(ignore),
-        "kv_cache_scheme": None,
-    }
-    QuantizationConfig.model_validate(config)  # the format's own library must accept it
-    return config
+    return {"weights": weights, "input_activations": activations, "output_activations": None}
 
 
 def export(
     model_dir: Path,
-    quantized: Iterable[tuple[str, QuantizedTensor]],
-    scheme: Scheme,
+    quantized: Iterable[tuple[str, QuantizedTensor, Scheme]],
     ignore: Sequence[str],
     provenance: dict[str, Any],
     directory: Path,
@@ -105,8 +115,7 @@ def export(
 
     Args:
         model_dir: the baseline's checkpoint directory.
-        quantized: (linear name, tensor), in any order, read once.
-        scheme: shared by every quantized linear.
+        quantized: (linear name, tensor, scheme), in any order, read once.
         ignore: names of linears left unquantized.
         provenance: written as ``compression.json``; must hold no times.
         directory: receives the artifact.
@@ -115,19 +124,19 @@ def export(
     directory.mkdir(parents=True, exist_ok=True)
     source = Checkpoint(model_dir)
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    done: set[str] = set()
+    schemes: dict[str, Scheme] = {}
     writer = TensorWriter(directory, MAX_SHARD_BYTES)
-    for name, tensor in quantized:
+    for name, tensor, scheme in quantized:
         dtype = source.dtype(f"{name}.weight")
         for key, value in _tensors(tensor, scheme, dtype).items():
             writer.add(f"{name}.{key}", value)
-        done.add(f"{name}.weight")
+        schemes[name] = scheme
     for name in source.names:
-        if name not in done:
+        if name.removesuffix(".weight") not in schemes:
             changed = (replaced or {}).get(name)
             writer.add(name, source.tensor(name) if changed is None else changed)
     writer.close()
-    config["quantization_config"] = quantization_config(scheme, ignore)
+    config["quantization_config"] = quantization_config(schemes, ignore)
     _write_json(directory / "config.json", config)
     _complete(model_dir, provenance, directory)
 
@@ -183,12 +192,13 @@ def load_model(
         "quantization_config"
     )
     if found:
-        scheme = _read_scheme(found, directory)
+        scheme_of = _read_schemes(found, directory)
         source = Checkpoint(directory)
         for index in range(len(model.blocks)):
             for ref in model.linears(index):
                 if source.has(f"{ref.name}.weight") and not source.has(f"{ref.name}.weight_scale"):
                     continue
+                scheme = scheme_of(ref.name)
                 tensor = read_tensor(source, ref.name, scheme)
                 bias = source.tensor(f"{ref.name}.bias") if ref.module.bias is not None else None
                 model.replace_linear(
@@ -242,15 +252,37 @@ def _tensors(
     return found
 
 
-def _read_scheme(config: dict[str, Any], directory: Path) -> Scheme:
+def _read_schemes(config: dict[str, Any], directory: Path) -> Callable[[str], Scheme]:
+    """What the scheme of a linear is, by its name."""
+    where = str(directory / "config.json")
     groups = list(config.get("config_groups", {}).values())
-    if config.get("quant_method") != NAME or len(groups) != 1:
+    if config.get("quant_method") != NAME or not groups:
         raise RunError(
-            "only compressed-tensors checkpoints with one config group are read",
-            where=str(directory / "config.json"),
-            fix="export with one scheme for all linears",
+            "only compressed-tensors checkpoints with config groups are read",
+            where=where,
+            fix="export the model as compressed-tensors",
         )
-    weights, activations = groups[0]["weights"], groups[0].get("input_activations")
+    read = [(group["targets"], _read_scheme(group)) for group in groups]
+
+    def scheme_of(name: str) -> Scheme:
+        for by_name in (True, False):  # names go before classes
+            for targets, scheme in read:
+                for target in targets:
+                    pattern = target.removeprefix("re:")
+                    named = re.match(pattern, name) if target.startswith("re:") else name == target
+                    if named if by_name else target == "Linear":
+                        return scheme
+        raise RunError(
+            f"no config group is for {name}, which holds quantized weights",
+            where=where,
+            fix="the checkpoint's config and weights do not belong together: export it again",
+        )
+
+    return scheme_of
+
+
+def _read_scheme(group: dict[str, Any]) -> Scheme:
+    weights, activations = group["weights"], group.get("input_activations")
     bits = weights["num_bits"]
     return Scheme(
         name=f"W{bits}A{activations['num_bits'] if activations else 16}",

@@ -104,6 +104,30 @@ class _Catcher(nn.Module):
         return (hidden,) if self.as_tuple else hidden
 
 
+class _Given(nn.Module):
+    """Stands in for a block: gives the hidden states it was made with, or passes its input on."""
+
+    def __init__(self, block: nn.Module, hidden: torch.Tensor | None, as_tuple: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "block", block)
+        object.__setattr__(self, "hidden", hidden)
+        self.as_tuple = as_tuple
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self.__dict__["hidden"]
+        if hidden is None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if not isinstance(hidden, torch.Tensor):
+                raise _OtherForm
+        return (hidden,) if self.as_tuple else hidden
+
+
 class CausalLM:
     """A model whose weights are still on disk. Make one with `CausalLM.open`.
 
@@ -239,6 +263,31 @@ class CausalLM:
             seen = self._catch(ids, as_tuple=True)
         self._check_arguments(tuple(ids.shape), seen)
         return BlockInputs(seen[0][0], [(args, kwargs) for _, args, kwargs in seen])
+
+    def finish(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, length, vocabulary] of the last block's output, by the model's own code.
+
+        Gradients flow to ``hidden`` [batch, length, hidden] where it asks for them.
+        """
+        for name, parameter in list(self.model.named_parameters()):
+            if parameter.is_meta and not self._in_blocks(name):
+                self._place(name, ids.device, torch.float32)
+        self.model.tie_weights()
+        holder: nn.ModuleList = self.model.get_submodule(self._list_name)
+        originals = list(holder)
+        last = len(originals) - 1
+        for as_tuple in (False, True):
+            for i, block in enumerate(originals):
+                holder[i] = _Given(block, hidden if i == last else None, as_tuple)
+            try:
+                return self.model(ids, use_cache=False).logits
+            except (_OtherForm, AttributeError, TypeError):
+                if as_tuple:
+                    raise
+            finally:
+                for i, block in enumerate(originals):
+                    holder[i] = block
+        raise AssertionError("unreachable")
 
     def _catch(self, ids: torch.Tensor, *, as_tuple: bool) -> list[Any]:
         """(hidden, args, kwargs) that each block is called with."""

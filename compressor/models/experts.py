@@ -28,13 +28,20 @@ class UnfusedExperts(nn.ModuleList):
 
     Args:
         fused: the module to stand in for, one that `is_fused`.
+
+    Attributes:
+        every_token: run each token through every expert, so that hooks on an expert's linears see
+            them all; the result is still that of the experts the router chose.
     """
+
+    every_token: bool
 
     def __init__(self, fused: Any) -> None:
         count, double, hidden = fused.gate_up_proj.shape
         super().__init__(Expert(hidden, double // 2) for _ in range(count))
         # Not as a submodule: a ModuleList would count it as one more expert.
         object.__setattr__(self, "_act", fused.act_fn)
+        self.every_token = False
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -49,13 +56,16 @@ class UnfusedExperts(nn.ModuleList):
         result = torch.zeros_like(hidden_states)
         act: Any = self._act
         experts: list[Any] = list(self)
-        for index in top_k_index.unique().tolist():
+        chosen = range(len(experts)) if self.every_token else top_k_index.unique().tolist()
+        for index in chosen:
             if index >= len(experts):
                 continue  # a router marks a slot that is not to be computed by E
             expert = experts[index]
             token, position = torch.where(top_k_index == index)
-            x = hidden_states[token]
+            x = hidden_states if self.every_token else hidden_states[token]
             y = expert.down_proj(act(expert.gate_proj(x)) * expert.up_proj(x))
+            if self.every_token:
+                y = y[token]
             y = y * top_k_weights[token, position, None]
             result.index_add_(0, token, y.to(result.dtype))
         return result

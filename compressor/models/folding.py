@@ -39,7 +39,7 @@ class Producer:
         self._biased = getattr(module, "bias", None) is not None
         self.parameters = {f"{path}.weight"} | ({f"{path}.bias"} if self._biased else set())
         self.parameters |= {f"{ref.path}.weight" for ref in consumers}
-        self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._saved: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
 
     @property
     def _is_linear(self) -> bool:
@@ -62,7 +62,7 @@ class Producer:
         changed = [self.module.weight, *(ref.module.weight for ref in self.consumers)]
         if self._biased:
             changed.append(self.module.bias)
-        self._saved = [(p, p.detach().clone()) for p in changed]
+        self._saved.append([(p, p.detach().clone()) for p in changed])
         weight = self.module.weight.data
         if self._is_linear:
             weight.div_(scale.unsqueeze(1))
@@ -80,8 +80,8 @@ class Producer:
         return scale
 
     def undo(self) -> None:
-        """Put everything back as it was before `apply`."""
-        for parameter, value in self._saved:
+        """Put everything back as it was before the last `apply`."""
+        for parameter, value in self._saved.pop():
             parameter.data.copy_(value)
 
 

@@ -13,7 +13,7 @@ import torch
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import WeightScheme
 
-Observer = Literal["minmax", "mse"]
+Observer = Literal["minmax", "mse", "output"]
 _SHRINK_STEPS = 20
 _SHRINK_TO = 0.6
 _NORM = 2.4  # the exponent of GPTQ's own clip search, between absolute and squared error
@@ -24,6 +24,7 @@ def fit_grid(
     scheme: WeightScheme,
     observer: Observer = "minmax",
     scale_dtype: torch.dtype = torch.float32,
+    hessian: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale and zero point of every group of a weight.
 
@@ -31,36 +32,53 @@ def fit_grid(
         weight: float32 [out, in].
         scheme: the grid.
         observer: ``minmax`` spans all weights of the group; ``mse`` tries ranges down to 60% of
-            that and keeps the one with the least error.
+            that and keeps the one with the least error of the weights; ``output`` the one with the
+            least error of the group's share of the output (the clip search of AWQ, arXiv
+            2306.00978, with the inputs' second moments in place of the inputs themselves).
         scale_dtype: dtype that scales will be stored in; they are rounded to it here, so that the
             codes chosen afterwards fit the stored scales.
+        hessian: float32 [in, in], needed by ``output``.
 
     Returns:
         scale float32 [out, groups], zero_point int8 [out, groups] or None.
 
     Raises:
-        ValueError: group_size does not divide the columns.
+        ValueError: group_size does not divide the columns, or ``output`` has no Hessian.
     """
-    groups = scheme.groups(weight.shape[1])
+    rows, columns = weight.shape
+    groups = scheme.groups(columns)
     if scheme.strategy == "tensor":
+        if observer == "output":
+            raise ValueError("observer `output` works by channel or group, not by tensor")
         scale, zero = _fit(weight.reshape(1, 1, -1), scheme, observer, scale_dtype)
-        scale = scale.expand(weight.shape[0], 1).contiguous()
-        return scale, None if zero is None else zero.expand(weight.shape[0], 1).contiguous()
-    return _fit(weight.reshape(weight.shape[0], groups, -1), scheme, observer, scale_dtype)
+        scale = scale.expand(rows, 1).contiguous()
+        return scale, None if zero is None else zero.expand(rows, 1).contiguous()
+    moments = None
+    if observer == "output":
+        if hessian is None:
+            raise ValueError("observer `output` needs the Hessian of the layer's input")
+        width = columns // groups
+        parts = [hessian[i : i + width, i : i + width] for i in range(0, columns, width)]
+        moments = torch.stack(parts)
+    return _fit(weight.reshape(rows, groups, -1), scheme, observer, scale_dtype, moments)
 
 
 def _fit(
-    x: torch.Tensor, scheme: WeightScheme, observer: Observer, scale_dtype: torch.dtype
+    x: torch.Tensor,
+    scheme: WeightScheme,
+    observer: Observer,
+    scale_dtype: torch.dtype,
+    moments: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     low = x.amin(-1).clamp_max(0.0)
     high = x.amax(-1).clamp_min(0.0)
     best = _qparams(low, high, scheme, scale_dtype)
-    if observer == "mse":
-        error = _error(x, *best, scheme)
+    if observer != "minmax":
+        error = _error(x, *best, scheme, moments)
         for step in range(1, _SHRINK_STEPS + 1):
             factor = 1 - (1 - _SHRINK_TO) * step / _SHRINK_STEPS
             trial = _qparams(low * factor, high * factor, scheme, scale_dtype)
-            trial_error = _error(x, *trial, scheme)
+            trial_error = _error(x, *trial, scheme, moments)
             better = trial_error < error
             error = torch.where(better, trial_error, error)
             best = (
@@ -84,12 +102,21 @@ def _qparams(
 
 
 def _error(
-    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: WeightScheme
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    scheme: WeightScheme,
+    moments: torch.Tensor | None,
 ) -> torch.Tensor:
+    """[out, groups]: error of the weights, or of their outputs where moments [groups, width, width]
+    are given."""
     step = scale.unsqueeze(-1)
     offset = 0.0 if zero is None else zero.float().unsqueeze(-1)
     codes = torch.clamp(torch.round(x / step) + offset, scheme.minimum, scheme.maximum)
-    return ((codes - offset) * step - x).abs_().pow_(_NORM).sum(-1)
+    error = (codes - offset) * step - x
+    if moments is None:
+        return error.abs_().pow_(_NORM).sum(-1)
+    return (torch.einsum("rgi,gij->rgj", error, moments) * error).sum(-1)
 
 
 def round_to_grid(

@@ -3,7 +3,8 @@
 At any time one block's weights, the embeddings' output and the calibration activations are in
 memory. Each block runs forward twice: once to collect the statistics of every linear's input, once
 with its quantized weights to make the next block's input (GPTQ, arXiv 2210.17323, section 4).
-Linears that share an input (q/k/v, gate/up) share one statistic.
+Linears that share an input (q/k/v, gate/up) share one statistic. Algorithms that aim at the
+original model's activations have those carried along, by a third forward.
 
 Output, format-neutral and readable block by block:
 
@@ -15,14 +16,17 @@ Output, format-neutral and readable block by block:
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import gc
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,39 +35,23 @@ from safetensors.torch import load_file, save_file
 
 from compressor.errors import RunError
 from compressor.models.architecture import BlockInputs, CausalLM, LinearRef
+from compressor.models.experts import UnfusedExperts
 from compressor.models.folding import Producer, find_producers
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import Scheme
-from compressor.quantize.registry import WeightResult
+from compressor.quantize.registry import (
+    Algorithm,
+    BlockRefinement,
+    LayerRefinement,
+    Transform,
+    WeightResult,
+)
 from compressor.quantize.statistics import InputStatistics
 
 CHECKPOINT_SECONDS = float(os.environ.get("COMPRESSOR_CHECKPOINT_SECONDS", "20"))
 LAYERS = "layers.jsonl"
 _RESUME = "resume.safetensors"
 FOLD_TOLERANCE = 1e-3  # relative change of a block's output that rounding alone explains
-
-
-class WeightAlgorithm(Protocol):
-    """What the driver needs of an algorithm that turns one weight into integers."""
-
-    needs_hessian: bool
-
-    @property
-    def scheme(self) -> Scheme: ...
-
-    def quantize(self, weight: torch.Tensor, hessian: torch.Tensor | None) -> WeightResult: ...
-
-
-class Transform(Protocol):
-    """What the driver needs of an algorithm that moves scale between layers beforehand."""
-
-    def scales(
-        self,
-        weights: Sequence[torch.Tensor],
-        absmax: torch.Tensor,
-        rows: torch.Tensor,
-        scheme: Scheme,
-    ) -> torch.Tensor: ...
 
 
 def is_ignored(name: str, ignore: Sequence[str]) -> bool:
@@ -74,13 +62,16 @@ def is_ignored(name: str, ignore: Sequence[str]) -> bool:
 
 def quantize_model(
     model: CausalLM,
-    algorithm: WeightAlgorithm,
+    algorithm: Algorithm,
     directory: Path,
     *,
     transforms: Sequence[Transform] = (),
+    refinements: Sequence[LayerRefinement | BlockRefinement] = (),
+    exceptions: Mapping[str, Algorithm] | None = None,
     tokens: np.ndarray | None = None,
     ignore: Sequence[str] = (),
     batch_size: int = 8,
+    all_experts: bool = False,
     device: str = "cpu",
     advance: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Any]:
@@ -90,10 +81,13 @@ def quantize_model(
         model: the opened model (weights are read block by block).
         algorithm: an instance from `compressor.quantize.registry`.
         directory: receives the files named in this module's docstring.
-        transforms: applied to each block before the algorithm; at most one so far.
+        transforms: applied to each block before the algorithm, in this order.
+        refinements: applied to what the algorithm made of the block, in this order.
+        exceptions: algorithms of linears that another than ``algorithm`` quantizes, by name.
         tokens: int32 [samples, length], needed when the algorithm or a transform has statistics.
         ignore: names or regular expressions of linears to leave as they are.
         batch_size: samples per forward; lowered to a divisor of the number of samples.
+        all_experts: while statistics are taken, run every token through every expert.
         device: where blocks are run and solved.
         advance: called with a note after each block.
 
@@ -110,7 +104,10 @@ def quantize_model(
         for index in range(len(model.blocks))
         for name, reason in model.skipped(index)
     ] + [{"name": name, "reason": reason} for name, reason in model.outside_linears()]
-    walk = _Walk(model, algorithm, transforms, directory, ignore, device)
+    walk = _Walk(
+        model, algorithm, exceptions or {}, transforms, refinements, directory, ignore,
+        all_experts, device,
+    )  # fmt: skip
     first = walk.resume_point()
     if walk.needs_statistics:
         if tokens is None:
@@ -146,27 +143,44 @@ def quantize_model(
     }
 
 
+class _AllSeen(Exception):
+    """Ends a forward pass when every linear has been given its input."""
+
+
 class _Walk:
     """State of one pass over the blocks: the activations, and how far the files on disk reach."""
 
     def __init__(
         self,
         model: CausalLM,
-        algorithm: WeightAlgorithm,
+        algorithm: Algorithm,
+        exceptions: Mapping[str, Algorithm],
         transforms: Sequence[Transform],
+        refinements: Sequence[LayerRefinement | BlockRefinement],
         directory: Path,
         ignore: Sequence[str],
+        all_experts: bool,
         device: str,
     ) -> None:
         self.model = model
         self.algorithm = algorithm
+        self.exceptions = exceptions
         self.transforms = transforms
-        self.needs_statistics = algorithm.needs_hessian or bool(transforms)
+        self.layer_refinements: list[Any] = [r for r in refinements if r.level == "layer"]
+        self.block_refinements: list[Any] = [r for r in refinements if r.level == "block"]
+        self.needs_statistics = bool(
+            algorithm.options.needs_calibration or transforms or refinements
+        )
+        self.follows_original = bool(self.block_refinements)
         self.directory = directory
         self.ignore = ignore
+        self.all_experts = all_experts
         self.device = device
+        # [samples, length, hidden]: what the quantized blocks so far make of the calibration
+        # tokens, and what the original ones do (only followed where something asks for it).
         self.hidden: torch.Tensor | None = None
-        self.inputs: BlockInputs | None = None
+        self.original: torch.Tensor | None = None
+        self.inputs: dict[int, BlockInputs] = {}  # by number of samples in a batch
         self.batch = 1
         self.saved = time.monotonic()
 
@@ -193,20 +207,22 @@ class _Walk:
     def start(self, tokens: np.ndarray, batch_size: int, first: int) -> None:
         """Embed the calibration tokens, or read back the activations of block ``first``."""
         samples = len(tokens)
-        self.batch = max(d for d in range(1, min(batch_size, samples) + 1) if samples % d == 0)
-        ids = torch.from_numpy(tokens.astype(np.int64))
+        self.batch = _divisor(samples, batch_size)
+        sizes = {_divisor(samples, r.options.batch_size) for r in self.block_refinements}
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
         with torch.no_grad():
-            head = self.model.embed(ids[: self.batch].to(self.device))
             # Masks and rotary tables depend on the batch's shape alone: kept from the first batch.
-            self.inputs = head
+            self.inputs = {size: self.model.embed(ids[:size]) for size in {self.batch, *sizes}}
             if first:
-                self.hidden = load_file(self.directory / _RESUME)["hidden"].clone()
+                saved = load_file(self.directory / _RESUME)
+                self.hidden = saved["hidden"].clone()
+                self.original = saved["original"].clone() if self.follows_original else None
                 return
-            self.hidden = torch.empty(samples, *head.hidden.shape[1:], dtype=head.hidden.dtype)
-            self.hidden[: self.batch] = head.hidden.cpu()
-            for start in range(self.batch, samples, self.batch):
-                part = slice(start, start + self.batch)
-                self.hidden[part] = self.model.embed(ids[part].to(self.device)).hidden.cpu()
+            head = self.inputs[self.batch].hidden
+            self.hidden = torch.empty(samples, *head.shape[1:], dtype=head.dtype)
+            for part in self._parts():
+                self.hidden[part] = self.model.embed(ids[part]).hidden.cpu()
+            self.original = self.hidden.clone() if self.follows_original else None
 
     def block(self, index: int) -> str:
         """Quantize one block; returns a note on it for the progress line."""
@@ -215,136 +231,218 @@ class _Walk:
         targets = [r for r in model.linears(index) if not is_ignored(r.name, self.ignore)]
         left = [r for r in model.linears(index) if is_ignored(r.name, self.ignore)]
         statistics = self._collect(index, targets) if self.needs_statistics else {}
-        tensors: dict[str, torch.Tensor] = {}
+        if self.original is not None:
+            self._forward(index, self.original)
+        replaced = self._transform(index, targets, statistics)
+        results: dict[str, WeightResult] = {}
+        seen: dict[str, int | None] = {}
+        for group, refs in _by_input(targets).items():
+            found = statistics.get(group)
+            if getattr(self.algorithm.options, "true_sequential", False) and results:
+                found = self._collect(index, refs)[group]
+            for ref in refs:
+                results[ref.name] = self._solve(ref, found)
+                seen[ref.name] = found.tokens if found else None
+                _place(ref, results[ref.name].tensor)
+            statistics.pop(group, None)
+        loss = self._refine_block(index, targets, results)
+        if self.needs_statistics and not last:
+            self._forward(index, self.hidden)
         records: list[dict[str, Any]] = [
             {"block": index, "name": r.name, "reason": "ignored by the recipe"} for r in left
         ]
-        names = {ref.name for ref in targets}
-        scaled, smoothing = self._transform(index, targets, statistics)
-        for parameter in sorted(scaled):
-            key = model.disk_name(parameter)
-            if key.removesuffix(".weight") not in names:
-                value = model.model.get_parameter(parameter).detach()
-                tensors[f"{key}.replaced"] = value.to(model.checkpoint.dtype(key)).cpu()
         for ref in targets:
-            seen = statistics.get(ref.input_group)
-            result = self._solve(ref, seen, smoothing.get(ref.input_group))
-            tensors |= _flatten(ref.name, result.tensor)
+            result = results[ref.name]
             records.append(
                 {
                     "block": index,
                     "name": ref.name,
-                    "scheme": self.algorithm.scheme.name,
+                    "scheme": self._algorithm(ref).scheme.to_dict(),
                     "parameters": ref.module.weight.numel(),
-                    "tokens": seen.tokens if seen else None,
+                    "tokens": seen[ref.name],
                     "error": result.error,
                     "rtn_error": result.rtn_error,
                     "fallback": result.fallback,
                     "damp": result.damp,
+                    **loss,
                 }
             )
-            with torch.no_grad():
-                ref.module.weight.copy_(result.tensor.dequantize().to(ref.module.weight.device))
-        if self.needs_statistics and not last:
-            self._forward(index, keep=True)
+        tensors = {f"{key}.replaced": value for key, value in replaced.items()}
+        for name, result in results.items():
+            tensors |= _flatten(name, result.tensor)
         model.unload_block(index)
         _append_synced(self.directory / LAYERS, [json.dumps(r) for r in records])
         _save_synced(tensors, _block_file(self.directory, index), {})
-        if self.hidden is not None and time.monotonic() - self.saved > CHECKPOINT_SECONDS:
-            meta = {"block": str(index + 1)}
-            _save_synced({"hidden": self.hidden}, self.directory / _RESUME, meta)
-            self.saved = time.monotonic()
+        self._checkpoint(index)
         gc.collect()
         errors = [r["error"] for r in records if "error" in r]
-        worst = max(errors, default=0.0)
-        return f"block {index}: worst relative error {worst:.2e}"
+        return f"block {index}: worst relative error {max(errors, default=0.0):.2e}"
 
+    def _checkpoint(self, index: int) -> None:
+        """Now and then, save what the next block needs."""
+        if self.hidden is None or time.monotonic() - self.saved <= CHECKPOINT_SECONDS:
+            return
+        tensors = {"hidden": self.hidden}
+        if self.original is not None:
+            tensors["original"] = self.original
+        _save_synced(tensors, self.directory / _RESUME, {"block": str(index + 1)})
+        self.saved = time.monotonic()
+
+    def _parts(self) -> Iterator[slice]:
+        assert self.hidden is not None
+        for start in range(0, len(self.hidden), self.batch):
+            yield slice(start, start + self.batch)
+
+    def _run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.run_block(index, hidden.to(self.device), self.inputs[len(hidden)])
+
+    @torch.no_grad()
     def _collect(self, index: int, targets: list[LinearRef]) -> dict[str, InputStatistics]:
-        """Run the block over the calibration set; one Hessian for each distinct input."""
+        """Run the block over the calibration set; one statistic for each distinct input."""
+        assert self.hidden is not None
         found: dict[str, InputStatistics] = {}
+        fired: set[str] = set()
         handles = []
-        for ref in targets:
-            if ref.input_group in found:
-                continue
-            accumulator = InputStatistics(ref.module.in_features, self.device)
-            found[ref.input_group] = accumulator
+        for group, refs in _by_input(targets).items():
+            found[group] = InputStatistics(refs[0].module.in_features, self.device)
 
-            def hook(
-                module: torch.nn.Module, args: tuple, into: InputStatistics = accumulator
-            ) -> None:
-                into.update(args[0])
+            def hook(_: torch.nn.Module, args: tuple, group: str = group) -> None:
+                fired.add(group)
+                found[group].update(args[0])
+                if len(fired) == len(found):
+                    raise _AllSeen  # what the block does with its last inputs is not needed
 
-            handles.append(ref.module.register_forward_pre_hook(hook))
-        self._forward(index, keep=False)
+            handles.append(refs[0].module.register_forward_pre_hook(hook))
+        experts = [m for m in self.model.blocks[index].modules() if isinstance(m, UnfusedExperts)]
+        for module in experts:
+            module.every_token = self.all_experts
+        for part in self._parts():
+            fired.clear()
+            with contextlib.suppress(_AllSeen):
+                self._run(index, self.hidden[part])
+        for module in experts:
+            module.every_token = False
         for handle in handles:
             handle.remove()
         return found
 
     def _transform(
         self, index: int, targets: list[LinearRef], statistics: dict[str, InputStatistics]
-    ) -> tuple[set[str], dict[str, torch.Tensor]]:
-        """Apply the transforms; returns the parameters that were changed, and the divisors of each
-        input group (by which its Hessian, taken before, is divided on both sides).
+    ) -> dict[str, torch.Tensor]:
+        """Apply the transforms; returns the unquantized tensors that were changed, by their name
+        in the checkpoint. The statistics are brought to what the changed inputs would give.
 
         The block's output on one batch must stay the same, else everything is taken back."""
-        changed: set[str] = set()
-        divisors: dict[str, torch.Tensor] = {}
         if not self.transforms:
-            return changed, divisors
-        assert self.hidden is not None and self.inputs is not None
+            return {}
+        assert self.hidden is not None
         sample = self.hidden[: self.batch].to(self.device)
-        producers, before = find_producers(self.model, index, sample, self.inputs, targets)
-        applied: list[Producer] = []
+        inputs = self.inputs[self.batch]
+        producers, before = find_producers(self.model, index, sample, inputs, targets)
+        applied: list[tuple[Producer, torch.Tensor]] = []
         for producer in producers:
             seen = statistics.get(producer.input_group)
             if seen is None or not seen.tokens:
                 continue
-            weights = [ref.module.weight.detach() for ref in producer.consumers]
             for transform in self.transforms:
-                scale = transform.scales(weights, seen.absmax, seen.rows, self.algorithm.scheme)
+                weights = [ref.module.weight.detach() for ref in producer.consumers]
+                scheme = self._algorithm(producer.consumers[0]).scheme
+                scale = transform.scales(weights, seen, scheme)
                 if bool((scale != 1).any()):
-                    divisors[producer.input_group] = producer.apply(scale)
-                    changed |= producer.parameters
-                    applied.append(producer)
+                    scale = producer.apply(scale)
+                    seen.divide(scale)
+                    applied.append((producer, scale))
         with torch.no_grad():
-            after = self.model.run_block(index, sample, self.inputs)
+            after = self._run(index, sample)
         if float((after - before).norm() / before.norm()) > FOLD_TOLERANCE:
-            for producer in reversed(applied):
+            for producer, scale in reversed(applied):
                 producer.undo()
-            return set(), {}
-        return changed, divisors
+                statistics[producer.input_group].divide(1 / scale)
+            return {}
+        names = {ref.name for ref in targets}
+        changed = {}
+        for parameter in sorted({p for producer, _ in applied for p in producer.parameters}):
+            key = self.model.disk_name(parameter)
+            if key.removesuffix(".weight") not in names:
+                value = self.model.model.get_parameter(parameter).detach()
+                changed[key] = value.to(self.model.checkpoint.dtype(key)).cpu()
+        return changed
 
-    def _forward(self, index: int, *, keep: bool) -> None:
-        assert self.hidden is not None and self.inputs is not None
-        with torch.no_grad():
-            for start in range(0, len(self.hidden), self.batch):
-                part = slice(start, start + self.batch)
-                out = self.model.run_block(index, self.hidden[part].to(self.device), self.inputs)
-                if keep:
-                    self.hidden[part] = out.cpu()
+    def _algorithm(self, ref: LinearRef) -> Algorithm:
+        return self.exceptions.get(ref.name, self.algorithm)
 
-    def _solve(
-        self, ref: LinearRef, seen: InputStatistics | None, divisor: torch.Tensor | None
-    ) -> WeightResult:
+    def _solve(self, ref: LinearRef, seen: InputStatistics | None) -> WeightResult:
         weight = ref.module.weight.detach().to(torch.float32)
         hessian = None
-        if self.algorithm.needs_hessian:
+        if self.needs_statistics:
             # An expert that no token reached has no statistics: round to nearest (identity H).
-            reached = seen is not None and seen.tokens > 0
-            if reached and seen is not None:
-                hessian = seen.hessian.result()
-                if divisor is not None:
-                    hessian /= divisor.unsqueeze(0) * divisor.unsqueeze(1)
+            if seen is not None and seen.tokens:
+                hessian = seen.hessian
             else:
                 hessian = torch.eye(weight.shape[1], device=weight.device)
         try:
-            return self.algorithm.quantize(weight, hessian)
+            result = self._algorithm(ref).quantize(weight, hessian)
+            for refinement in self.layer_refinements:
+                result = refinement.refine(weight, result, hessian)
         except ValueError as error:
             raise RunError(
                 str(error),
                 where=ref.name,
                 fix="choose another group_size, or name the layer under `ignore`",
             ) from error
+        if not self.block_refinements:
+            result.rounded = None  # large, and read by nothing from here on
+        return result
+
+    def _refine_block(
+        self, index: int, targets: list[LinearRef], results: dict[str, WeightResult]
+    ) -> dict[str, Any]:
+        """Run the refinements that look at the whole block.
+
+        Returns:
+            its output error, relative to the output, before and after them.
+        """
+        if not self.block_refinements or not targets:
+            return {}
+        assert self.hidden is not None and self.original is not None
+        losses = []
+        for refinement in self.block_refinements:
+            layers = [(ref.module, results[ref.name]) for ref in targets]
+            size = _divisor(len(self.hidden), refinement.options.batch_size)
+            tensors, *loss = refinement.refine(
+                layers, functools.partial(self._run, index), self.hidden, self.original, size, index
+            )
+            losses += loss
+            for ref, tensor in zip(targets, tensors, strict=True):
+                results[ref.name] = dataclasses.replace(results[ref.name], tensor=tensor)
+        scale = float(self.original.square().mean())
+        return {"block_error_before": losses[0] / scale, "block_error": losses[-1] / scale}
+
+    @torch.no_grad()
+    def _forward(self, index: int, activations: torch.Tensor | None) -> None:
+        """Replace activations [samples, length, hidden] by what the block makes of them."""
+        assert activations is not None
+        for part in self._parts():
+            activations[part] = self._run(index, activations[part]).cpu()
+
+
+def _divisor(samples: int, most: int) -> int:
+    """The largest divisor of ``samples`` that is at most ``most``."""
+    return max(d for d in range(1, min(most, samples) + 1) if samples % d == 0)
+
+
+def _by_input(refs: Sequence[LinearRef]) -> dict[str, list[LinearRef]]:
+    """Linears grouped by what they read, in model order."""
+    groups: dict[str, list[LinearRef]] = {}
+    for ref in refs:
+        groups.setdefault(ref.input_group, []).append(ref)
+    return groups
+
+
+@torch.no_grad()
+def _place(ref: LinearRef, tensor: QuantizedTensor) -> None:
+    """Give the linear the weight that its codes stand for."""
+    ref.module.weight.copy_(tensor.dequantize().to(ref.module.weight.device))
 
 
 def read_layers(directory: Path) -> list[dict[str, Any]]:
@@ -361,8 +459,13 @@ def read_layers(directory: Path) -> list[dict[str, Any]]:
     return records
 
 
-def iterate_quantized(directory: Path, scheme: Scheme) -> Iterator[tuple[str, QuantizedTensor]]:
-    """(linear name, quantized tensor) of a quantized directory, one block in memory at a time."""
+def iterate_quantized(directory: Path) -> Iterator[tuple[str, QuantizedTensor, Scheme]]:
+    """(linear name, tensor, scheme) of a quantized directory, one block in memory at a time."""
+    schemes = {
+        layer["name"]: Scheme.from_dict(layer["scheme"])
+        for layer in read_layers(directory)
+        if "scheme" in layer
+    }
     for path in sorted(directory.glob("block-*.safetensors")):
         with safe_open(path, "pt") as file:
             keys = set(file.keys())
@@ -380,8 +483,9 @@ def iterate_quantized(directory: Path, scheme: Scheme) -> Iterator[tuple[str, Qu
                         scale=part("scale"),
                         zero_point=part("zero_point"),
                         g_idx=part("g_idx"),
-                        scheme=scheme.weights,
+                        scheme=schemes[name].weights,
                     ),
+                    schemes[name],
                 )
 
 

@@ -45,6 +45,15 @@ class GPTQOptions(SchemeOptions):
         description="Share of the mean diagonal added to the Hessian; grown tenfold, layer by "
         "layer, where the Cholesky factorisation fails.",
     )
+    true_sequential: bool = Field(
+        False,
+        description="Take the statistics of each group of linears in a block with those before it "
+        "quantized already: one more forward pass per group.",
+    )
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
 
 
 @register("gptq")
@@ -58,7 +67,6 @@ class GPTQ:
 
     Options: ClassVar[type[GPTQOptions]] = GPTQOptions
     kind: ClassVar[str] = "weights"
-    needs_hessian: ClassVar[bool] = True
 
     def __init__(self, options: GPTQOptions, scale_dtype: torch.dtype = torch.float32) -> None:
         self.options = options
@@ -95,15 +103,27 @@ class GPTQ:
         factor, damp = inverse_factor(
             hessian if order is None else hessian[order][:, order], self.options.damp
         )
-        tensor = self._round(weight, factor, order)
+        tensor, rounded = self._round(weight, hessian, factor, order)
         error = relative_error(weight, tensor.dequantize(), hessian)
         if not error <= rtn.error:  # so that an error that is not a number falls back too
-            return WeightResult(rtn.tensor, rtn.error, rtn.error, fallback=True, damp=damp)
-        return WeightResult(tensor, error, rtn.error, damp=damp)
+            tensor, error, rounded = rtn.tensor, rtn.error, weight
+        return WeightResult(
+            tensor,
+            error,
+            rtn.error,
+            fallback=tensor is rtn.tensor,
+            damp=damp,
+            rounded=rounded,
+        )
 
     def _round(
-        self, weight: torch.Tensor, factor: torch.Tensor, order: torch.Tensor | None
-    ) -> QuantizedTensor:
+        self,
+        weight: torch.Tensor,
+        hessian: torch.Tensor,
+        factor: torch.Tensor,
+        order: torch.Tensor | None,
+    ) -> tuple[QuantizedTensor, torch.Tensor]:
+        """The codes, and what each was rounded from [out, in]."""
         scheme = self.scheme.weights
         rows, columns = weight.shape
         groups = scheme.groups(columns)
@@ -111,11 +131,12 @@ class GPTQ:
         permuted = weight if order is None else weight[:, order]
         left = permuted.T.contiguous()  # [in, out]: a column of the weight is a contiguous row
         codes = torch.empty_like(left)
+        rounded = torch.empty_like(left)
         fixed = (order is not None and self.options.static_groups) or scheme.strategy != "group"
         scale = torch.empty(rows, groups, device=weight.device)
         zero = None if scheme.symmetric else torch.empty(rows, groups, device=weight.device)
         if fixed:
-            found, found_zero = self._fit(weight)
+            found, found_zero = self._fit(weight, hessian)
             scale.copy_(found)
             if zero is not None and found_zero is not None:
                 zero.copy_(found_zero)
@@ -137,7 +158,11 @@ class GPTQ:
                     ahead[:inside] = block[i : i + inside]
                     if inside < width and i:
                         ahead[inside:] -= factor[start:column, stop : column + width].T @ errors[:i]
-                    one, one_zero = self._fit(ahead.T.contiguous(), whole=True)
+                    members = torch.arange(column, column + width, device=weight.device)
+                    members = members if order is None else order[members]
+                    one, one_zero = self._fit(
+                        ahead.T.contiguous(), hessian[members][:, members], whole=True
+                    )
                     scale[:, group] = one[:, 0]
                     if zero is not None and one_zero is not None:
                         zero[:, group] = one_zero[:, 0].float()
@@ -149,27 +174,30 @@ class GPTQ:
                 errors[i] = (block[i] - value) / local[i, i]
                 if i + 1 < stop - start:
                     block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
+            rounded[start:stop] = block
             if stop < columns:
                 left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-        result = codes.T.to(torch.int8)
+        result, was = codes.T.to(torch.int8), rounded.T
         g_idx = None
         if order is not None:
             unsorted = torch.empty_like(order)
             unsorted[order] = torch.arange(columns, device=order.device)
-            result = result[:, unsorted]
+            result, was = result[:, unsorted], was[:, unsorted]
             if not fixed:
                 g_idx = (unsorted // width).to(torch.int32)
-        return QuantizedTensor(
-            result.contiguous(), scale, None if zero is None else zero.to(torch.int8), g_idx, scheme
-        )
+        offsets = None if zero is None else zero.to(torch.int8)
+        tensor = QuantizedTensor(result.contiguous(), scale, offsets, g_idx, scheme)
+        return tensor, was.contiguous()
 
     def _fit(
-        self, weight: torch.Tensor, whole: bool = False
+        self, weight: torch.Tensor, hessian: torch.Tensor, whole: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         scheme = self.scheme
         if whole:  # one group by itself
             scheme = Scheme.parse(scheme.name, -1, self.options.symmetric)
-        return grid.fit_grid(weight, scheme.weights, self.options.observer, self.scale_dtype)
+        return grid.fit_grid(
+            weight, scheme.weights, self.options.observer, self.scale_dtype, hessian
+        )
 
 
 def inverse_factor(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
@@ -19,18 +19,30 @@ from compressor.numerics.scheme import Scheme
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from compressor.numerics.quantized import QuantizedTensor
+    from compressor.quantize.statistics import InputStatistics
 
 ENTRY_POINT_GROUP = "compressor.algorithms"
-_BUILT_IN = ("smoothquant", "rtn", "gptq")
+_BUILT_IN = ("smoothquant", "awq", "rtn", "gptq", "coordinate_descent", "signround")
+KINDS = ("transform", "weights", "refinement")  # in the order in which a recipe names them
 _REGISTRY: dict[str, Any] = {}
 
 
-class SchemeOptions(BaseModel):
-    """Options that every weight quantizer has."""
+class AlgorithmOptions(BaseModel):
+    """What the options of every algorithm are made from."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether an algorithm with these options looks at the layers' inputs."""
+        return True
+
+
+class SchemeOptions(AlgorithmOptions):
+    """Options that every weight quantizer has."""
 
     scheme: str = Field(
         "W4A16", description="Bits of weights and activations: W{2,3,4,8}A{16,8}, such as W4A16."
@@ -43,11 +55,16 @@ class SchemeOptions(BaseModel):
     symmetric: bool = Field(
         True, description="Symmetric grid (no zero point). Engines are fastest with it."
     )
-    observer: Literal["minmax", "mse"] = Field(
+    observer: Literal["minmax", "mse", "output"] = Field(
         "minmax",
         description="How a group's range is chosen: minmax spans every weight, mse searches the "
-        "range with the least error.",
+        "range with the least error of the weights, output that with the least error of the "
+        "layer's output (needs calibration).",
     )
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.observer == "output"
 
     @model_validator(mode="after")
     def _check_scheme(self) -> SchemeOptions:
@@ -70,6 +87,8 @@ class WeightResult:
         rtn_error: the same for round-to-nearest.
         fallback: the algorithm did worse than round-to-nearest, whose result this is.
         damp: share of the Hessian's mean diagonal that was added to it; None without Hessian.
+        rounded: float32 [out, in], what each code was rounded from: the weight, with the errors of
+            other columns spread into it where the algorithm does that.
     """
 
     tensor: QuantizedTensor
@@ -77,25 +96,87 @@ class WeightResult:
     rtn_error: float
     fallback: bool = False
     damp: float | None = None
+    rounded: torch.Tensor | None = None
+
+
+class Transform(Protocol):
+    """Moves scale between a layer and the one before it (``kind`` is "transform")."""
+
+    Options: ClassVar[type[AlgorithmOptions]]
+    kind: ClassVar[str]
+
+    def __init__(self, options: Any) -> None: ...
+
+    def scales(
+        self, weights: Sequence[torch.Tensor], statistics: InputStatistics, scheme: Scheme
+    ) -> torch.Tensor:
+        """Divisors of the input's channels, float32 [in].
+
+        Args:
+            weights: float32 [out, in] of every linear that reads the input.
+            statistics: of the input.
+            scheme: how weights and activations will be rounded.
+        """
+        ...
 
 
 class Algorithm(Protocol):
-    """A weight quantizer (``kind`` is "weights"): ``Options`` are its settings in a recipe.
+    """Turns a weight into integers (``kind`` is "weights").
 
-    A ``kind`` of "transform" marks an algorithm that prepares a block for the quantizer after it;
-    it is made from its options alone and has `scales` (see `compressor.quantize.smoothquant`).
+    An option ``true_sequential`` asks for statistics that are taken anew after each group of
+    linears.
     """
 
-    Options: ClassVar[type[BaseModel]]
+    Options: ClassVar[type[AlgorithmOptions]]
     kind: ClassVar[str]
-    needs_hessian: ClassVar[bool]
 
     def __init__(self, options: Any, scale_dtype: torch.dtype) -> None: ...
+
+    @property
+    def options(self) -> Any: ...
 
     @property
     def scheme(self) -> Scheme: ...
 
     def quantize(self, weight: torch.Tensor, hessian: torch.Tensor | None) -> WeightResult: ...
+
+
+class LayerRefinement(Protocol):
+    """Improves a quantized weight by itself (``kind`` is "refinement", ``level`` "layer")."""
+
+    Options: ClassVar[type[AlgorithmOptions]]
+    kind: ClassVar[str]
+    level: ClassVar[str]
+
+    def __init__(self, options: Any, scale_dtype: torch.dtype) -> None: ...
+
+    def refine(
+        self, weight: torch.Tensor, result: WeightResult, hessian: torch.Tensor
+    ) -> WeightResult: ...
+
+
+class BlockRefinement(Protocol):
+    """Improves all quantized weights of a block together (``kind`` is "refinement", ``level``
+    "block")."""
+
+    Options: ClassVar[type[AlgorithmOptions]]
+    kind: ClassVar[str]
+    level: ClassVar[str]
+
+    def __init__(self, options: Any, scale_dtype: torch.dtype) -> None: ...
+
+    @property
+    def options(self) -> Any: ...
+
+    def refine(
+        self,
+        layers: Sequence[tuple[nn.Linear, WeightResult]],
+        forward: Callable[[torch.Tensor], torch.Tensor],
+        inputs: torch.Tensor,
+        outputs: torch.Tensor,
+        size: int,
+        seed: int,
+    ) -> tuple[list[QuantizedTensor], float, float]: ...
 
 
 _Class = TypeVar("_Class", bound=type)

@@ -22,7 +22,6 @@ class RTN:
 
     Options: ClassVar[type[SchemeOptions]] = SchemeOptions
     kind: ClassVar[str] = "weights"
-    needs_hessian: ClassVar[bool] = False
 
     def __init__(self, options: SchemeOptions, scale_dtype: torch.dtype = torch.float32) -> None:
         self.options = options
@@ -38,9 +37,10 @@ class RTN:
         if not bool(torch.isfinite(weight).all()):
             raise ValueError("the weight holds NaN or infinite values")
         scheme = self.scheme.weights
-        scale, zero = grid.fit_grid(weight, scheme, self.options.observer, self.scale_dtype)
+        observer = self.options.observer
+        scale, zero = grid.fit_grid(weight, scheme, observer, self.scale_dtype, hessian)
         if not bool(torch.isfinite(scale).all()):
             raise ValueError(f"the weight is too large for scales stored in {self.scale_dtype}")
         tensor = grid.quantize(weight, scale, zero, scheme)
         error = relative_error(weight, tensor.dequantize(), hessian)
-        return WeightResult(tensor, error, error)
+        return WeightResult(tensor, error, error, rounded=weight)

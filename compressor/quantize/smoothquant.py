@@ -13,20 +13,19 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from compressor.numerics import grid
 from compressor.numerics.kernels import quantize_rows
 from compressor.numerics.scheme import Scheme
-from compressor.quantize.registry import register
+from compressor.quantize.registry import AlgorithmOptions, register
+from compressor.quantize.statistics import InputStatistics
 
 _SEARCHED = (0.4, 0.5, 0.6, 0.7, 0.8)
 
 
-class SmoothQuantOptions(BaseModel):
+class SmoothQuantOptions(AlgorithmOptions):
     """Options of SmoothQuant."""
-
-    model_config = ConfigDict(extra="forbid")
 
     strength: float | Literal["auto"] = Field(
         "auto",
@@ -45,26 +44,21 @@ class SmoothQuant:
 
     Options: ClassVar[type[SmoothQuantOptions]] = SmoothQuantOptions
     kind: ClassVar[str] = "transform"
-    needs_hessian: ClassVar[bool] = True
 
     def __init__(self, options: SmoothQuantOptions) -> None:
         self.options = options
 
     def scales(
-        self,
-        weights: Sequence[torch.Tensor],
-        absmax: torch.Tensor,
-        rows: torch.Tensor,
-        scheme: Scheme,
+        self, weights: Sequence[torch.Tensor], statistics: InputStatistics, scheme: Scheme
     ) -> torch.Tensor:
         """Divisors of the input's channels, float32 [in]; ones where smoothing does not help.
 
         Args:
             weights: float32 [out, in] of every linear that reads this input.
-            absmax: float32 [in], largest magnitude of each channel over the calibration set.
-            rows: float32 [n, in], some of those inputs.
+            statistics: of the input.
             scheme: how weights and activations will be rounded.
         """
+        absmax, rows = statistics.absmax, statistics.rows
         neutral = torch.ones_like(absmax)
         if scheme.input_activations is None:
             return neutral

@@ -1,5 +1,5 @@
 """What is remembered of a linear's input: its second moments (the Hessian of the output error),
-the largest magnitude of each channel, and some rows."""
+the size of each channel, and some rows."""
 
 from __future__ import annotations
 
@@ -19,30 +19,54 @@ class InputStatistics:
     """
 
     def __init__(self, in_features: int, device: str | torch.device = "cpu") -> None:
-        self.hessian = HessianAccumulator(in_features, device)
+        self.accumulator = HessianAccumulator(in_features, device)
         self.absmax = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self._abssum = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self._divisor: torch.Tensor | None = None
         self._rows: list[torch.Tensor] = []
 
     @property
     def tokens(self) -> int:
-        return self.hessian.tokens
+        return self.accumulator.tokens
+
+    @property
+    def absmean(self) -> torch.Tensor:
+        """Mean magnitude of each channel, float32 [in]."""
+        return self._divided(self._abssum / max(self.tokens, 1))
 
     @property
     def rows(self) -> torch.Tensor:
         """Some of the inputs, float32 [n, in], n at most 256, spread evenly over each batch."""
-        return torch.cat(self._rows)[:_MAX_ROWS]
+        return self._divided(torch.cat(self._rows)[:_MAX_ROWS])
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """2/n sum x x^T, float32 [in, in]."""
+        whole = self.accumulator.result()
+        if self._divisor is not None:
+            whole /= self._divisor.unsqueeze(0) * self._divisor.unsqueeze(1)
+        return whole
 
     def update(self, x: torch.Tensor) -> None:
         """Add inputs [..., in_features]."""
         flat = x.detach().reshape(-1, x.shape[-1]).to(self.absmax.device, torch.float32)
         if not len(flat):
             return
-        self.hessian.update(flat)
+        self.accumulator.update(flat)
         self.absmax = torch.maximum(self.absmax, flat.abs().amax(0))
+        self._abssum += flat.abs().sum(0)
         if len(self._rows) * _ROWS_PER_UPDATE < _MAX_ROWS:
             self._rows.append(
                 flat[:: max(len(flat) // _ROWS_PER_UPDATE, 1)][:_ROWS_PER_UPDATE].clone()
             )
+
+    def divide(self, scale: torch.Tensor) -> None:
+        """From now on describe the input divided by ``scale`` [in], channel by channel."""
+        self.absmax = self.absmax / scale
+        self._divisor = scale.clone() if self._divisor is None else self._divisor * scale
+
+    def _divided(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self._divisor is None else x / self._divisor
 
 
 class HessianAccumulator:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.errors import RunError
 from compressor.export import compressed_tensors as ct
 from compressor.models.architecture import CausalLM
 from compressor.numerics.scheme import Scheme
@@ -28,7 +27,7 @@ def make(tmp_path: Path, arch: str, **options: Any) -> tuple[Path, Path, Scheme]
     ignore = [entry["name"] for entry in facts["coverage"]["skipped"]]
     artifact = tmp_path / "artifact"
     ct.export(
-        source, iterate_quantized(tmp_path / "codes", algorithm.scheme), algorithm.scheme, ignore,
+        source, iterate_quantized(tmp_path / "codes"), ignore,
         {"tool": "compressor"}, artifact,
     )  # fmt: skip
     return source, artifact, algorithm.scheme
@@ -47,7 +46,7 @@ SCHEMES: list[dict[str, Any]] = [
 def test_what_is_read_back_is_what_was_quantized(tmp_path: Path, options: dict[str, Any]) -> None:
     _, artifact, scheme = make(tmp_path, "llama", **options)
     source = ct.Checkpoint(artifact)
-    for name, tensor in iterate_quantized(tmp_path / "codes", scheme):
+    for name, tensor, _ in iterate_quantized(tmp_path / "codes"):
         back = ct.read_tensor(source, name, scheme)
         back.validate()
         assert torch.equal(back.codes, tensor.codes)
@@ -95,24 +94,41 @@ def test_other_layouts_load_back(tmp_path: Path, arch: str) -> None:
 
 
 def test_export_is_complete_and_deterministic(tmp_path: Path) -> None:
-    source, artifact, scheme = make(tmp_path, "llama", scheme="W4A16", group_size=16)
+    source, artifact, _ = make(tmp_path, "llama", scheme="W4A16", group_size=16)
     present = {p.name for p in artifact.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "compression.json"} <= present
     assert {"generation_config.json", "SHA256SUMS"} <= present
     again = tmp_path / "again"
     config = json.loads((artifact / "config.json").read_text())["quantization_config"]
     ct.export(
-        source, iterate_quantized(tmp_path / "codes", scheme), scheme, config["ignore"],
+        source, iterate_quantized(tmp_path / "codes"), config["ignore"],
         {"tool": "compressor"}, again,
     )  # fmt: skip
     assert (again / "SHA256SUMS").read_text() == (artifact / "SHA256SUMS").read_text()
 
 
-def test_several_schemes_in_one_checkpoint_are_refused(tmp_path: Path) -> None:
-    _, artifact, _ = make(tmp_path, "llama", scheme="W8A16")
-    config = json.loads((artifact / "config.json").read_text())
-    groups = config["quantization_config"]["config_groups"]
-    groups["group_1"] = groups["group_0"]
-    (artifact / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RunError, match="one config group"):
-        ct.load_model(artifact)
+def test_several_schemes_in_one_checkpoint(tmp_path: Path) -> None:
+    """Packed 4-bit, packed 8-bit and int8 layers side by side, by name."""
+    source = tmp_path / "model"
+    tiny.build("llama", source)
+    cls = registry.get("rtn")
+
+    def made(scheme: str) -> Any:
+        return cls(cls.Options(scheme=scheme, group_size=None if "8" in scheme else 16))
+
+    model = CausalLM.open(source)
+    names = [ref.name for ref in model.linears(0)]
+    exceptions = {name: made("W8A16") for name in names if "mlp" in name}
+    exceptions |= {name: made("W8A8") for name in names if name.endswith("o_proj")}
+    facts = quantize_model(model, made("W4A16"), tmp_path / "codes", exceptions=exceptions)
+    ignore = [entry["name"] for entry in facts["coverage"]["skipped"]]
+    ct.export(source, iterate_quantized(tmp_path / "codes"), ignore, {}, tmp_path / "artifact")
+    config = json.loads((tmp_path / "artifact" / "config.json").read_text())
+    found = config["quantization_config"]
+    assert found["format"] == "mixed-precision" and len(found["config_groups"]) == 3
+    ids = torch.arange(5, 25).unsqueeze(0)
+    with torch.no_grad():
+        whole = CausalLM.open(source).load_full(torch.float32)(ids).logits
+        got = ct.load_model(tmp_path / "artifact")(ids).logits
+    assert 0 < float((got - whole).norm() / whole.norm()) < 0.3
+    assert ct.load_model(tmp_path / "artifact").get_submodule(names[0]).kernel_name

@@ -13,6 +13,7 @@ from compressor.errors import RunError
 from compressor.models.architecture import CausalLM
 from compressor.models.folding import find_producers
 from compressor.quantize import driver, registry
+from compressor.quantize.statistics import InputStatistics
 from tests import tiny
 
 TOKENS = np.random.default_rng(0).integers(4, 300, (6, 32)).astype(np.int32)
@@ -21,6 +22,10 @@ TOKENS = np.random.default_rng(0).integers(4, 300, (6, 32)).astype(np.int32)
 def algorithm(name: str = "gptq", **options: Any) -> Any:
     cls = registry.get(name)
     return cls(cls.Options(**{"scheme": "W4A16", "group_size": 16, **options}), torch.float32)
+
+
+def codes(directory: Path) -> dict[str, Any]:
+    return {name: tensor for name, tensor, _ in driver.iterate_quantized(directory)}
 
 
 def smooth(**options: Any) -> Any:
@@ -37,7 +42,7 @@ def test_every_architecture_is_quantized(tmp_path: Path, arch: str) -> None:
     names = {ref.name for i in range(len(model.blocks)) for ref in model.linears(i)}
     assert {layer["name"] for layer in layers} == names
     assert all(layer["error"] <= layer["rtn_error"] * (1 + 1e-6) for layer in layers)
-    found = dict(driver.iterate_quantized(tmp_path / "out", algorithm().scheme))
+    found = codes(tmp_path / "out")
     assert set(found) == names
     for tensor in found.values():
         tensor.validate()
@@ -47,8 +52,20 @@ def test_every_architecture_is_quantized(tmp_path: Path, arch: str) -> None:
         assert "router" in reasons
 
 
-def test_the_hessian_is_that_of_the_quantized_stream(tmp_path: Path) -> None:
-    """Statistics of block 1 come from activations that went through the quantized block 0."""
+def inputs_of(model: Any, path: str) -> torch.Tensor:
+    """What a linear of a whole model reads on the calibration tokens, float64 [tokens, in]."""
+    inputs: list[torch.Tensor] = []
+    handle = model.get_submodule(path).register_forward_pre_hook(
+        lambda _, args: inputs.append(args[0])
+    )
+    with torch.no_grad():
+        model(torch.from_numpy(TOKENS.astype(np.int64)))
+    handle.remove()
+    return inputs[0].reshape(-1, inputs[0].shape[-1]).double()
+
+
+def test_statistics_are_those_of_the_quantized_stream(tmp_path: Path) -> None:
+    """In block 1 they come from activations that went through the quantized block 0."""
     tiny.build("llama", tmp_path / "model")
     quantizer = algorithm(scheme="W2A16")
     seen: list[torch.Tensor] = []
@@ -58,19 +75,51 @@ def test_the_hessian_is_that_of_the_quantized_stream(tmp_path: Path) -> None:
     driver.quantize_model(model, quantizer, tmp_path / "out", tokens=TOKENS, batch_size=4)
     first = [ref.path for ref in model.linears(0)]
     reference = CausalLM.open(tmp_path / "model").load_full(torch.float32)
-    tensors = dict(driver.iterate_quantized(tmp_path / "out", quantizer.scheme))
+    tensors = codes(tmp_path / "out")
     with torch.no_grad():
         for path in first:
             reference.get_submodule(path).weight.copy_(tensors[path].dequantize())
-    inputs: list[torch.Tensor] = []
-    target = reference.get_submodule(model.linears(1)[0].path)
-    target.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    with torch.no_grad():
-        reference(torch.from_numpy(TOKENS.astype(np.int64)))
-    x = inputs[0].reshape(-1, inputs[0].shape[-1]).double()
+    x = inputs_of(reference, model.linears(1)[0].path)
     torch.testing.assert_close(
         seen[len(first)].double(), 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-4
     )
+
+
+def test_true_sequential_takes_statistics_behind_quantized_linears(tmp_path: Path) -> None:
+    tiny.build("llama", tmp_path / "model")
+    quantizer = algorithm(scheme="W2A16", true_sequential=True)
+    seen: dict[int, torch.Tensor] = {}
+    original = quantizer.quantize
+    quantizer.quantize = lambda w, h: (seen.setdefault(len(seen), h), original(w, h))[1]
+    model = CausalLM.open(tmp_path / "model")
+    driver.quantize_model(model, quantizer, tmp_path / "out", tokens=TOKENS, batch_size=4)
+    paths = [ref.path for ref in model.linears(0)]
+    position = next(i for i, path in enumerate(paths) if path.endswith("down_proj"))
+    reference = CausalLM.open(tmp_path / "model").load_full(torch.float32)
+    tensors = codes(tmp_path / "out")
+    with torch.no_grad():
+        for path in paths:
+            reference.get_submodule(path).weight.copy_(tensors[path].dequantize())
+    x = inputs_of(reference, paths[position])
+    torch.testing.assert_close(seen[position].double(), 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-4)
+
+
+def test_every_expert_is_calibrated_when_asked(tmp_path: Path) -> None:
+    tiny.build("mixtral", tmp_path / "model")
+    tokens: dict[bool, list[int]] = {}
+    for every in (False, True):
+        driver.quantize_model(
+            CausalLM.open(tmp_path / "model"), algorithm(), tmp_path / str(every), tokens=TOKENS,
+            all_experts=every,
+        )  # fmt: skip
+        tokens[every] = [
+            layer["tokens"]
+            for layer in driver.read_layers(tmp_path / str(every))
+            if "experts" in layer["name"]
+        ]
+    assert set(tokens[True]) == {TOKENS.size}
+    # The router chooses two of four: three linears an expert, two blocks.
+    assert sum(tokens[False]) == 2 * TOKENS.size * 3 * 2
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2", "gpt_neox", "opt", "phi3"])
@@ -102,14 +151,17 @@ def test_smoothing_lowers_the_error_of_outlier_channels(tmp_path: Path) -> None:
     scheme = algorithm("rtn", scheme="W8A8", group_size=None).scheme
     from compressor.quantize.smoothquant import _rounding_error
 
-    scale = smooth().scales([weight], rows.abs().amax(0), rows, scheme)
+    statistics = InputStatistics(64)
+    for part in rows.split(16):
+        statistics.update(part)
+    scale = smooth().scales([weight], statistics, scheme)
     ones = torch.ones(64)
     assert scale[3] > 4 * scale.median()
     assert _rounding_error([weight], rows, scale, scheme) < 0.5 * _rounding_error(
         [weight], rows, ones, scheme
     )
     sixteen = algorithm("rtn").scheme
-    assert torch.equal(smooth().scales([weight], rows.abs().amax(0), rows, sixteen), ones)
+    assert torch.equal(smooth().scales([weight], statistics, sixteen), ones)
 
 
 def test_transform_writes_the_norms_it_changed(tmp_path: Path) -> None:
@@ -126,17 +178,81 @@ def test_transform_writes_the_norms_it_changed(tmp_path: Path) -> None:
         assert value.shape == model.checkpoint.shape(name)
 
 
+def made(name: str, **options: Any) -> Any:
+    cls = registry.get(name)
+    return cls(cls.Options(**options))
+
+
+@torch.no_grad()
+def output_error(model_dir: Path, out: Path) -> float:
+    """Relative error of the final hidden states on the calibration tokens."""
+    ids = torch.from_numpy(TOKENS.astype(np.int64))
+    plain = CausalLM.open(model_dir).load_full(torch.float32)
+    exact = plain.model(ids).last_hidden_state
+    changed = CausalLM.open(model_dir).load_full(
+        torch.float32, replaced=driver.replaced_tensors(out)
+    )
+    for name, tensor, _ in driver.iterate_quantized(out):
+        changed.get_submodule(name).weight.copy_(tensor.dequantize())
+    return float((changed.model(ids).last_hidden_state - exact).norm() / exact.norm())
+
+
+def test_two_transforms_follow_each_other(tmp_path: Path) -> None:
+    """Both fold their scales, the second on statistics of what the first has left."""
+    tiny.build("llama", tmp_path / "model")
+    quantizer = algorithm("rtn", scheme="W8A8", group_size=None)
+    facts = driver.quantize_model(
+        CausalLM.open(tmp_path / "model"), quantizer, tmp_path / "out",
+        transforms=[smooth(strength=0.6), made("awq")], tokens=TOKENS, batch_size=3,
+    )  # fmt: skip
+    assert facts["tokens"] == TOKENS.size
+    assert output_error(tmp_path / "model", tmp_path / "out") < 0.05
+
+
+@pytest.mark.parametrize(
+    "refinements",
+    [
+        [("coordinate_descent", {})],
+        [("signround", {"iterations": 40, "batch_size": 4})],
+        [("coordinate_descent", {"passes": 2}), ("signround", {"iterations": 20})],
+    ],
+    ids=["coordinate_descent", "signround", "both"],
+)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_refinements_bring_the_model_nearer(
+    tmp_path: Path, refinements: list[tuple[str, dict[str, Any]]], symmetric: bool
+) -> None:
+    tiny.build("llama", tmp_path / "model")
+    quantizer = algorithm("gptq", scheme="W3A16", symmetric=symmetric)
+    errors = {}
+    for out, steps in {"plain": [], "refined": refinements}.items():
+        driver.quantize_model(
+            CausalLM.open(tmp_path / "model"), quantizer, tmp_path / out, tokens=TOKENS,
+            refinements=[made(name, **options) for name, options in steps], batch_size=3,
+        )  # fmt: skip
+        for _, tensor, _ in driver.iterate_quantized(tmp_path / out):
+            tensor.validate()
+        errors[out] = output_error(tmp_path / "model", tmp_path / out)
+    assert errors["refined"] < errors["plain"]
+    for layer in driver.read_layers(tmp_path / "refined"):
+        if "block_error" in layer:
+            assert layer["block_error"] <= layer["block_error_before"]
+
+
+@pytest.mark.parametrize("follow", [False, True])
 def test_a_walk_cut_short_goes_on_to_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follow: bool
 ) -> None:
     tiny.build("llama", tmp_path / "model", layers=4)
     monkeypatch.setattr(driver, "CHECKPOINT_SECONDS", 0.0)
+    quantizer = algorithm()
 
     def run(out: str, advance: Any = lambda note: None) -> dict[str, Any]:
         model = CausalLM.open(tmp_path / "model")
         return driver.quantize_model(
-            model, algorithm(), tmp_path / out, tokens=TOKENS, batch_size=4, advance=advance
-        )
+            model, quantizer, tmp_path / out, tokens=TOKENS, batch_size=4, advance=advance,
+            refinements=[made("signround", iterations=3)] if follow else [],
+        )  # fmt: skip
 
     class Cut(Exception):
         pass
