@@ -187,6 +187,21 @@ def _variant_names(plan: Plan) -> list[str]:
     return list(dict.fromkeys(s.variant for s in plan.stages if s.variant))
 
 
+_LAYER_KEYS = ("name", "error", "rtn_error", "fallback", "tokens", "undersampled")
+
+
+def _scheme_name(layers: list[dict[str, Any]]) -> str:
+    """``W4A16``, or ``W4A16/W8A16`` when layers differ."""
+    return "/".join(sorted({layer["scheme"]["name"] for layer in layers if "scheme" in layer}))
+
+
+def _precision(allocation: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the report says of mixed precision; the schemes stand with the layers."""
+    if allocation is None:
+        return None
+    return {key: allocation[key] for key in ("mean_bits", "stored_bits", "predicted_loss")}
+
+
 def _variant(plan: Plan, outcome: _Outcome, run_dir: Path, name: str) -> dict[str, Any]:
     """One variant's entry of the report, from the manifests of its stages."""
     from compressor.quantize.driver import read_layers
@@ -202,6 +217,7 @@ def _variant(plan: Plan, outcome: _Outcome, run_dir: Path, name: str) -> dict[st
         "group_size": None,
         "size_bytes": None,
         "coverage": None,
+        "precision": None,
         "quantization": None,
         "quality": scored.result["quality"] if scored else [],
         "artifacts": [],
@@ -211,14 +227,15 @@ def _variant(plan: Plan, outcome: _Outcome, run_dir: Path, name: str) -> dict[st
         layers = read_layers(quantized.path)
         entry |= {
             "algorithm": "+".join(next(iter(step)) for step in steps),
-            "scheme": quantized.result["scheme"]["name"],
+            "scheme": _scheme_name(layers),
             "group_size": quantized.result["scheme"]["weights"]["group_size"],
             "coverage": quantized.result["coverage"],
+            "precision": _precision(quantized.result.get("allocation")),
             "quantization": {
                 "seconds": quantized.manifest["seconds"],
                 "peak_rss_bytes": quantized.manifest["peak_rss_bytes"],
                 "layers": [
-                    {k: layer[k] for k in ("name", "error", "rtn_error", "fallback")}
+                    {k: layer[k] for k in _LAYER_KEYS} | {"scheme": layer["scheme"]["name"]}
                     for layer in layers
                     if "error" in layer
                 ],

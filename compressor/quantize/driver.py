@@ -51,6 +51,7 @@ from compressor.quantize.statistics import InputStatistics
 CHECKPOINT_SECONDS = float(os.environ.get("COMPRESSOR_CHECKPOINT_SECONDS", "20"))
 LAYERS = "layers.jsonl"
 _RESUME = "resume.safetensors"
+FEW_TOKENS = 0.25  # inputs per column that a layer's statistics need to be used
 FOLD_TOLERANCE = 1e-3  # relative change of a block's output that rounding alone explains
 
 
@@ -260,6 +261,7 @@ class _Walk:
                     "scheme": self._algorithm(ref).scheme.to_dict(),
                     "parameters": ref.module.weight.numel(),
                     "tokens": seen[ref.name],
+                    "undersampled": _undersampled(seen[ref.name], ref.module.in_features),
                     "error": result.error,
                     "rtn_error": result.rtn_error,
                     "fallback": result.fallback,
@@ -342,7 +344,8 @@ class _Walk:
         applied: list[tuple[Producer, torch.Tensor]] = []
         for producer in producers:
             seen = statistics.get(producer.input_group)
-            if seen is None or not seen.tokens:
+            width = producer.consumers[0].module.in_features
+            if seen is None or _undersampled(seen.tokens, width):
                 continue
             for transform in self.transforms:
                 weights = [ref.module.weight.detach() for ref in producer.consumers]
@@ -375,8 +378,9 @@ class _Walk:
         weight = ref.module.weight.detach().to(torch.float32)
         hessian = None
         if self.needs_statistics:
-            # An expert that no token reached has no statistics: round to nearest (identity H).
-            if seen is not None and seen.tokens:
+            # Of an expert that hardly any token reached too little is known: with the identity for
+            # H every algorithm does what round-to-nearest does.
+            if seen is not None and not _undersampled(seen.tokens, weight.shape[1]):
                 hessian = seen.hessian
             else:
                 hessian = torch.eye(weight.shape[1], device=weight.device)
@@ -424,6 +428,11 @@ class _Walk:
         assert activations is not None
         for part in self._parts():
             activations[part] = self._run(index, activations[part]).cpu()
+
+
+def _undersampled(tokens: int | None, in_features: int) -> bool:
+    """Whether there were too few inputs to say anything of most of their directions."""
+    return tokens is not None and tokens < FEW_TOKENS * in_features
 
 
 def _divisor(samples: int, most: int) -> int:

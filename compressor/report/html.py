@@ -33,18 +33,19 @@ def _template() -> Template:
     return environment.get_template("report.html.j2")
 
 
-def render_html(report: Mapping[str, Any], plot: Plot | None) -> str:
+def render_html(report: Mapping[str, Any], *plots: Plot | None) -> str:
     """The whole page. All texts of the report are escaped by the template."""
-    figure = None
-    if plot is not None:
-        figure = Markup(inline_svg(plot.svg, str(escape(plot.caption))))
+    figures = [
+        (Markup(inline_svg(plot.svg, str(escape(plot.caption)))), plot.caption)
+        for plot in plots
+        if plot is not None
+    ]
     return _template().render(
         report=report,
         verdict=report["verdict"],
         outcome=_OUTCOMES[report["verdict"]["outcome"]],
         summary=tables.summary(report),
-        figure=figure,
-        caption=plot.caption if plot else "",
+        figures=figures,
         body=tables.body(report),
         notes=[*report["notes"], *((report["prices"] or {}).get("assumptions") or [])],
         provenance=tables.provenance(report),

@@ -36,8 +36,10 @@ def table_markdown(table: tables.Table) -> str:
     return "\n".join(lines) + (f"\n\n{escape(table.note)}" if table.note else "")
 
 
-def render_markdown(report: Mapping[str, Any], caption: str | None) -> str:
-    """The whole page; `caption` is the plot's, None when there is no plot."""
+def render_markdown(
+    report: Mapping[str, Any], caption: str | None, allocation: str | None = None
+) -> str:
+    """The whole page; `caption` and `allocation` are the plots', None when there is no plot."""
     verdict = report["verdict"]
     title = escape(report["title"].replace("\n", " "))
     parts = [f"# {title}", f"**{escape(verdict['sentence'])}**"]
@@ -46,6 +48,8 @@ def render_markdown(report: Mapping[str, Any], caption: str | None) -> str:
     parts.append(table_markdown(tables.summary(report)))
     if caption:
         parts += ["![Quality against cost](quality_cost.svg)", f"*{escape(caption)}*"]
+    if allocation:
+        parts += ["![Bits by layer](allocation.svg)", f"*{escape(allocation)}*"]
     for table in tables.body(report):
         parts += [f"## {escape(table.title)}", table_markdown(table)]
     assumptions = (report["prices"] or {}).get("assumptions") or []

@@ -78,12 +78,28 @@ class Coverage(Strict):
 
 
 class LayerError(Strict):
-    """Relative output error of one layer; `rtn_error` is plain rounding's on the same grid."""
+    """Relative output error of one layer; `rtn_error` is plain rounding's on the same grid.
+
+    `tokens` counts the calibration tokens that the layer saw, null without calibration;
+    `undersampled` layers (rarely chosen experts) saw too few and were rounded to nearest.
+    """
 
     name: str
+    scheme: str | None = None
     error: float | None
     rtn_error: float | None = None
     fallback: bool = False
+    tokens: int | None = None
+    undersampled: bool = False
+
+
+class Precision(Strict):
+    """Mixed precision: mean bits of the codes, the same with scales and zero points, and the
+    predicted rise of the mean loss in nats per token."""
+
+    mean_bits: float
+    stored_bits: float
+    predicted_loss: float
 
 
 class Quantization(Strict):
@@ -173,6 +189,7 @@ class Variant(Strict):
     group_size: int | None = None
     size_bytes: int | None = None
     coverage: Coverage | None = None
+    precision: Precision | None = None
     quantization: Quantization | None = None
     quality: list[Quality] = []
     performance: list[Performance] = []

@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 _INK, _GRID, _BASE, _PAPER = "#1b1f24", "#d5d9de", "#6b7280", "#ffffff"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "compressor",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -179,7 +179,7 @@ def quality_cost_plot(report: Mapping[str, Any]) -> Plot | None:
     panels = [(value, points) for value, points in panels if points]
     if not panels:
         return None
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         columns = min(len(panels), 2)
         rows = math.ceil(len(panels) / columns)
         names = {point.name: None for _, points in panels for point in points}
@@ -213,11 +213,16 @@ def quality_cost_plot(report: Mapping[str, Any]) -> Plot | None:
             frameon=False,
             fontsize=9,
         )
-        svg, png = io.StringIO(), io.BytesIO()
-        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": "compressor"})
-        figure.set_dpi(160)
-        FigureCanvasAgg(figure).print_png(png, metadata={"Software": "compressor"})
-    caption = _caption(report, text, [value for value, _ in panels], len(names))
+        caption = _caption(report, text, [value for value, _ in panels], len(names))
+        return render(figure, caption)
+
+
+def render(figure: Figure, caption: str) -> Plot:
+    """A figure in both formats; equal figures give equal bytes."""
+    svg, png = io.StringIO(), io.BytesIO()
+    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": "compressor"})
+    figure.set_dpi(160)
+    FigureCanvasAgg(figure).print_png(png, metadata={"Software": "compressor"})
     return Plot(svg.getvalue(), png.getvalue(), caption)
 
 

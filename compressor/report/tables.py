@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +27,19 @@ class Table:
     marked: int | None = None
 
 
+_WORST = 5  # layers listed per variant
+
+
 def method(variant: Mapping[str, Any]) -> str:
     """Algorithm, scheme and group size in words."""
     if variant["algorithm"] is None and variant["scheme"] is None:
         return "full precision" if variant["status"] == "ok" else figures.MISSING
     words = " ".join(str(part) for part in (variant["algorithm"], variant["scheme"]) if part)
     group = variant["group_size"]
-    return f"{words}, group {group}" if group and group > 0 else words
+    if group and group > 0:
+        words += f", group {group}"
+    mixed = variant.get("precision")
+    return f"{words}, {figures.number(mixed['mean_bits'])} bits on average" if mixed else words
 
 
 def _stacked(first: str, second: str) -> str:
@@ -311,6 +318,70 @@ def quantization(report: Mapping[str, Any]) -> Table:
     )
 
 
+def worst_layers(report: Mapping[str, Any]) -> Table:
+    """The layers of each variant that moved most, and those that fell back."""
+    rows = []
+    for variant in report["variants"]:
+        layers = [
+            row
+            for row in (variant["quantization"] or {}).get("layers", [])
+            if row["error"] is not None
+        ]
+        worst = sorted(layers, key=lambda row: -row["error"])[:_WORST]
+        listed = worst + [row for row in layers if row["fallback"] and row not in worst]
+        rows += [
+            (
+                variant["name"],
+                row["name"],
+                row["scheme"] or figures.MISSING,
+                figures.number(row["error"]),
+                figures.number(row["rtn_error"]),
+                "yes" if row["fallback"] else "no",
+                figures.count(row["tokens"]),
+            )
+            for row in listed
+        ]
+    return Table(
+        "Worst layers",
+        ("Variant", "Layer", "Scheme", "Error", "RTN's error", "Fell back to RTN", "Tokens seen"),
+        tuple(rows),
+        text_columns=3,
+        note=f"The {_WORST} layers of each variant whose output moved most, and every layer that "
+        "went back to plain rounding because its algorithm did worse.",
+    )
+
+
+def experts(report: Mapping[str, Any]) -> Table:
+    """How many calibration tokens the experts of each mixture saw."""
+    rows = []
+    for variant in report["variants"]:
+        seen: dict[str, list[dict[str, Any]]] = {}
+        for row in (variant["quantization"] or {}).get("layers", []):
+            mixture, found, _ = row["name"].partition(".experts.")
+            if found and row["tokens"] is not None:
+                seen.setdefault(mixture, []).append(row)
+        for mixture, layers in seen.items():
+            tokens = [row["tokens"] for row in layers]
+            rows.append(
+                (
+                    variant["name"],
+                    mixture,
+                    figures.count(min(tokens)),
+                    figures.count(round(statistics.median(tokens))),
+                    figures.count(max(tokens)),
+                    f"{sum(row['undersampled'] for row in layers)} of {len(layers)}",
+                )
+            )
+    return Table(
+        "Experts",
+        ("Variant", "Mixture", "Fewest tokens", "Median", "Most", "Linears with too few"),
+        tuple(rows),
+        text_columns=2,
+        note="Calibration tokens that the experts' linears saw. Those with too few were rounded to "
+        "nearest; more samples, or `all_experts` in the recipe, calibrate them.",
+    )
+
+
 def artifacts(report: Mapping[str, Any]) -> Table:
     """The exported directories."""
     rows = [
@@ -443,6 +514,8 @@ def body(report: Mapping[str, Any]) -> list[Table]:
         performance(report),
         costs(report),
         quantization(report),
+        worst_layers(report),
+        experts(report),
         skipped(report),
         artifacts(report),
         stages(report),

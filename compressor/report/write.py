@@ -9,35 +9,38 @@ from typing import Any
 
 from compressor.errors import RunError
 from compressor.report.build import validate_report
+from compressor.report.heatmap import allocation_plot
 from compressor.report.html import render_html
 from compressor.report.markdown import render_markdown
 from compressor.report.plots import quality_cost_plot
 
 
 def write_report(report: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Write ``index.html report.md report.json quality_cost.svg quality_cost.png``.
+    """Write ``index.html report.md report.json`` and ``quality_cost`` and ``allocation`` as .svg
+    and .png.
 
-    The plot's files are left out (and old ones removed) when there is nothing to plot. Equal
+    A plot's files are left out (and old ones removed) when there is nothing to plot. Equal
     reports give byte-identical files. Returns the paths; RunError when the report is malformed or
     the directory cannot be written.
     """
     report = validate_report(report)
     directory = Path(directory)
-    plot = quality_cost_plot(report)
-    contents: dict[str, bytes] = {
-        "index.html": render_html(report, plot).encode(),
-        "report.md": render_markdown(report, plot.caption if plot else None).encode(),
+    plots = {"quality_cost": quality_cost_plot(report), "allocation": allocation_plot(report)}
+    captions = [plot.caption if plot else None for plot in plots.values()]
+    contents: dict[str, bytes | None] = {
+        "index.html": render_html(report, *plots.values()).encode(),
+        "report.md": render_markdown(report, *captions).encode(),
         "report.json": (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode(),
     }
-    plot_files = (
-        {"quality_cost.svg": plot.svg.encode(), "quality_cost.png": plot.png} if plot else {}
-    )
+    for name, plot in plots.items():
+        contents[f"{name}.svg"] = plot.svg.encode() if plot else None
+        contents[f"{name}.png"] = plot.png if plot else None
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name in ("quality_cost.svg", "quality_cost.png"):
-            if name not in plot_files:
+        for name, data in contents.items():
+            if data is None:
                 (directory / name).unlink(missing_ok=True)
-        for name, data in (contents | plot_files).items():
+                continue
             part = directory / f".{name}.part"
             part.write_bytes(data)
             part.replace(directory / name)
@@ -47,7 +50,7 @@ def write_report(report: Mapping[str, Any], directory: Path) -> list[Path]:
             where=str(directory),
             fix="check the free space and the permissions of the output directory",
         ) from error
-    return [directory / name for name in contents | plot_files]
+    return [directory / name for name, data in contents.items() if data is not None]
 
 
 def read_report(path: Path) -> dict[str, Any]:
