@@ -232,17 +232,18 @@ def schema(
 def report(
     run_dir: Annotated[Path, typer.Argument(help="A run's directory.")],
 ) -> None:
-    """Write a run's report again from its report.json."""
+    """Write a run's report, and its verdict, again from the figures in its report.json."""
     from compressor.report.terminal import closing
-    from compressor.report.write import write_report
+    from compressor.report.verdict import make_verdict
+    from compressor.report.write import read_report, write_report
 
     path = run_dir / "report" / "report.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    if not path.is_file():
         raise RecipeError(
             "no report can be read there", where=str(path), fix="give the directory of a run"
-        ) from error
+        )
+    content = read_report(path)
+    content["verdict"] = make_verdict(content, content["verdict"]["quality_limit"])
     write_report(content, run_dir / "report")
     Console().print(closing(content))
 

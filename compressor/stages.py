@@ -182,7 +182,7 @@ def quantize(context: Context) -> dict[str, Any]:
     from compressor.models.architecture import CausalLM
     from compressor.quantize.driver import quantize_model
 
-    transforms, algorithm, refinements = _algorithms(
+    transforms, algorithm, refinements = algorithms(
         context.config["steps"], _scale_dtype(context.need("load"))
     )
     calibration = context.find("calibrate")
@@ -343,7 +343,7 @@ def _tokenizer(context: Context) -> Any:
     return AutoTokenizer.from_pretrained(context.model_dir)
 
 
-def _algorithms(steps: list[dict[str, Any]], scale_dtype: Any) -> tuple[list[Any], Any, list[Any]]:
+def algorithms(steps: list[dict[str, Any]], scale_dtype: Any) -> tuple[list[Any], Any, list[Any]]:
     """(transforms, quantizer, refinements) of a variant's steps."""
     from compressor.quantize import registry
 
@@ -384,7 +384,7 @@ def _allocation(context: Context) -> tuple[dict[str, Any], dict[str, Any] | None
             for step in context.config["steps"]
             for name, options in step.items()
         ]
-        made[scheme] = _algorithms(steps, dtype)[1]
+        made[scheme] = algorithms(steps, dtype)[1]
     exceptions = {name: made[scheme] for name, scheme in allocation.schemes.items()}
     return exceptions, asdict(allocation)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,7 +103,8 @@ def make_verdict(report: Mapping[str, Any], limit: float = QUALITY_LIMIT) -> dic
 
     The best variant is the one with the largest certain gain (lower end of the cost ratio's
     interval) at the headline concurrency among those whose perplexity grows by at most `limit` on
-    every text, the interval's upper end counted where there is one.
+    every text, the interval's upper end counted where there is one. Where none of the cheaper
+    variants stays within it, the sentence is about the one that loses least.
     """
     candidates = [v for v in report["variants"] if v["name"] != report["baseline"]]
     concurrency = headline_concurrency(report)
@@ -122,6 +124,10 @@ def make_verdict(report: Mapping[str, Any], limit: float = QUALITY_LIMIT) -> dic
         row = row_at(variant, concurrency)
         return row["cost_ratio"]["low"] if row else 0.0
 
+    def loss(variant: Mapping[str, Any]) -> float:
+        bound = loss_bound(variant)
+        return math.inf if bound is None else bound
+
     if not candidates:
         outcome, sentence = (
             "unmeasured",
@@ -137,7 +143,7 @@ def make_verdict(report: Mapping[str, Any], limit: float = QUALITY_LIMIT) -> dic
     elif concurrency is None:
         outcome, sentence = "unmeasured", _quality_only(good, alive, percent)
     elif cheaper:
-        best = max(cheaper, key=gain)
+        best = min(cheaper, key=lambda v: (loss(v), -gain(v)))
         outcome = "trade-off"
         reason = (
             "the loss is not certain to stay within"
