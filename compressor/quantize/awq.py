@@ -19,7 +19,7 @@ from pydantic import Field
 
 from compressor.numerics import grid
 from compressor.numerics.scheme import Scheme
-from compressor.quantize.registry import AlgorithmOptions, register, relative_error
+from compressor.quantize.registry import AlgorithmOptions, register
 from compressor.quantize.statistics import InputStatistics
 
 
@@ -57,9 +57,10 @@ class AWQ:
             scheme: how weights will be rounded.
         """
         hessian, size = statistics.hessian, statistics.absmean
+        powers = [float(((w @ hessian) * w).sum().clamp_min(1e-30)) for w in weights]
         best = torch.ones_like(size)
         mean = _normalised_mean(weights, scheme)
-        least = _error(weights, hessian, best, scheme)
+        least = _error(weights, powers, hessian, best, scheme)
         for step in range(1, self.options.steps + 1):
             exponent = step / self.options.steps
             trial = size.clamp_min(1e-8).pow(exponent)
@@ -67,7 +68,7 @@ class AWQ:
                 trial = trial / mean.pow(1 - exponent).clamp_min(1e-4)
             trial = torch.where(size > 0, trial.clamp_min(1e-4), 1.0)
             trial = trial / (trial.max() * trial.min()).sqrt()
-            error = _error(weights, hessian, trial, scheme)
+            error = _error(weights, powers, hessian, trial, scheme)
             if error < least:
                 best, least = trial, error
         return best
@@ -82,13 +83,19 @@ def _normalised_mean(weights: Sequence[torch.Tensor], scheme: Scheme) -> torch.T
 
 
 def _error(
-    weights: Sequence[torch.Tensor], hessian: torch.Tensor, scale: torch.Tensor, scheme: Scheme
+    weights: Sequence[torch.Tensor],
+    powers: Sequence[float],
+    hessian: torch.Tensor,
+    scale: torch.Tensor,
+    scheme: Scheme,
 ) -> float:
-    """Summed relative output error with the scaled weights rounded to nearest."""
+    """Summed output error, each relative to the output's own power, with the scaled weights rounded
+    to nearest."""
     total = 0.0
-    for weight in weights:
+    for weight, power in zip(weights, powers, strict=True):
         scaled = weight * scale
         points, zero = grid.fit_grid(scaled, scheme.weights)
-        rounded = grid.quantize(scaled, points, zero, scheme.weights).dequantize() / scale
-        total += relative_error(weight, rounded, hessian)
+        rounded = grid.quantize(scaled, points, zero, scheme.weights).dequantize()
+        difference = rounded.div_(scale).sub_(weight)
+        total += float(((difference @ hessian) * difference).sum()) / power
     return total
