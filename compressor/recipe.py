@@ -426,6 +426,9 @@ def recipe_schema() -> dict[str, Any]:
     schema = recipe_model().model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "compressor recipe"
+    steps = schema["$defs"]["Variant"]["properties"]["quantize"]
+    by_name = {"type": "string", "enum": registry.names()}  # a step without options
+    steps["items"] = {"anyOf": [steps["items"], by_name]}
     return schema
 
 

@@ -4,7 +4,7 @@ Format: https://github.com/vllm-project/compressed-tensors. ``config.json`` carr
 ``quantization_config``; only keys that older readers know are written. Tensors per linear:
 
 - ``int-quantized`` (8-bit weights and activations): ``weight`` int8 [out, in], ``weight_scale``
-  [out, groups];
+  [out, groups], ``input_scale`` [1] when activations are static;
 - ``pack-quantized`` (weights only): ``weight_packed`` int32 [out, in * bits / 32],
   ``weight_scale`` [out, groups], ``weight_shape`` int64 [2], ``weight_zero_point`` packed along
   out when asymmetric, ``weight_g_idx`` int32 [in] when columns were grouped by activation order.
@@ -225,7 +225,10 @@ def read_tensor(source: Checkpoint, name: str, scheme: Scheme) -> QuantizedTenso
     g_idx = None
     if source.has(f"{name}.weight_g_idx"):
         g_idx = source.tensor(f"{name}.weight_g_idx")
-    return QuantizedTensor(codes, scale, zero_point, g_idx, scheme.weights)
+    input_scale = None
+    if source.has(f"{name}.input_scale"):
+        input_scale = source.tensor(f"{name}.input_scale").float().view(1)
+    return QuantizedTensor(codes, scale, zero_point, g_idx, scheme.weights, input_scale)
 
 
 def _format(scheme: Scheme) -> str:
@@ -238,7 +241,10 @@ def _tensors(
     """The format's tensors of one linear. Scales of packed weights are stored in the model's own
     dtype, which engines load them into; the grid was rounded to it before codes were chosen."""
     if _format(scheme) == "int-quantized":
-        return {"weight": tensor.codes, "weight_scale": tensor.scale}
+        found = {"weight": tensor.codes, "weight_scale": tensor.scale}
+        if tensor.input_scale is not None:
+            found["input_scale"] = tensor.input_scale
+        return found
     bits = scheme.weights.num_bits
     found = {
         "weight_packed": pack_int32(tensor.codes, bits),

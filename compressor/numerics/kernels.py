@@ -7,7 +7,8 @@
 - anything else: dequantized weights.
 
 Activations are rounded as vLLM's dynamic per-token int8 kernels do: scale = absmax / 127, codes in
-[-127, 127] (csrc/quantization/w8a8/int8: ``dynamic_scaled_int8_quant``).
+[-127, 127] (csrc/quantization/w8a8/int8: ``dynamic_scaled_int8_quant``); static ones as its
+``static_scaled_int8_quant``, with a given scale and codes in [-128, 127].
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import ActivationScheme, Scheme
 
+INT8_MAX = 127.0
 _INT4_GROUPS = (32, 64, 128, 256)
 _INT8_COLUMNS = 16  # _weight_int8pack_mm reads 16 columns at a time and past the end of others
 # Rows from which a weight-only kernel loses to dequantizing into a dense bfloat16 product, measured
@@ -36,6 +38,7 @@ class Dequantized(Kernel):
     """Dense product with the dequantized weight; activations rounded when the scheme says so."""
 
     weight: torch.Tensor
+    input_scale: torch.Tensor | None
 
     def __init__(
         self, tensor: QuantizedTensor, activations: ActivationScheme | None, dtype: torch.dtype
@@ -44,28 +47,31 @@ class Dequantized(Kernel):
         self.name = f"dequantized-{str(dtype).removeprefix('torch.')}"
         self.activations = activations
         self.register_buffer("weight", tensor.dequantize(dtype))
+        self.register_buffer("input_scale", tensor.input_scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.activations is not None:
-            codes, scale = quantize_rows(x)
+            codes, scale = quantize_rows(x, self.input_scale)
             x = (codes.float() * scale).to(x.dtype)
         return nn.functional.linear(x, self.weight)
 
 
-class Int8Dynamic(Kernel):
-    """int8 weights per channel times int8 activations per row, summed exactly in int32."""
+class Int8(Kernel):
+    """int8 weights per channel times int8 activations, summed exactly in int32."""
 
     name = "int8-int_mm"
     codes: torch.Tensor
     scale: torch.Tensor
+    input_scale: torch.Tensor | None
 
     def __init__(self, tensor: QuantizedTensor) -> None:
         super().__init__()
+        self.register_buffer("input_scale", tensor.input_scale)
         self.register_buffer("codes", tensor.codes.t())  # a view: int_mm takes it transposed
         self.register_buffer("scale", tensor.scale.view(1, -1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        codes, scale = quantize_rows(x)
+        codes, scale = quantize_rows(x, self.input_scale)
         product = torch._int_mm(codes, self.codes)
         return product.float().mul_(scale).mul_(self.scale).to(x.dtype)
 
@@ -154,7 +160,7 @@ def select(tensor: QuantizedTensor, scheme: Scheme, dtype: torch.dtype) -> Kerne
     weights, activations = scheme.weights, scheme.input_activations
     channel = weights.strategy == "channel" and weights.symmetric
     if weights.num_bits == 8 and channel and activations is not None:
-        return Int8Dynamic(tensor)
+        return Int8(tensor)
     if activations is not None or dtype != torch.bfloat16:
         return None
     out, columns = tensor.codes.shape
@@ -166,9 +172,14 @@ def select(tensor: QuantizedTensor, scheme: Scheme, dtype: torch.dtype) -> Kerne
     return None
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes [n, in] and float32 scale [n, 1] of activations, symmetric per row."""
+def quantize_rows(
+    x: torch.Tensor, fixed: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes [n, in] of activations and their scale: float32 [n, 1], one per row, or ``fixed``
+    [1] where that is given."""
     values = x.float()
-    scale = values.abs().amax(-1, keepdim=True).div_(127.0)
+    if fixed is not None:
+        return torch.round(values / fixed).clamp_(-128, 127).to(torch.int8), fixed
+    scale = values.abs().amax(-1, keepdim=True).div_(INT8_MAX)
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
     return torch.round(values / safe).to(torch.int8), scale

@@ -9,7 +9,7 @@ from torch import nn
 
 from compressor.numerics import kernels
 from compressor.numerics.quantized import QuantizedTensor
-from compressor.numerics.scheme import ActivationScheme, Scheme
+from compressor.numerics.scheme import STATIC, ActivationScheme, Scheme
 
 
 class QuantizedLinear(nn.Module):
@@ -50,13 +50,15 @@ class QuantizedLinear(nn.Module):
 
         Raises:
             ValueError: the scheme rounds activations otherwise than to symmetric int8 with a
-                scale per token.
+                scale per token or a static one, or that is missing.
         """
-        if scheme.input_activations not in (None, ActivationScheme()):
+        if scheme.input_activations not in (None, ActivationScheme(), STATIC):
             raise ValueError(
                 f"activations of scheme {scheme.name} are {scheme.input_activations}; "
-                "only dynamic symmetric int8 per token is computed"
+                "only symmetric int8, dynamic per token or static per tensor, is computed"
             )
+        if scheme.input_activations == STATIC and tensor.input_scale is None:
+            raise ValueError("the scheme has static activations, but the layer has no input_scale")
         chosen = None
         if kernel == "auto":
             chosen = kernels.select(tensor, scheme, dtype)

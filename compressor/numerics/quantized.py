@@ -19,6 +19,8 @@ class QuantizedTensor:
         zero_point: int8 [out, groups] on the codes' own offset; None when symmetric.
         g_idx: int32 [in], the group of each column; None when groups are contiguous.
         scheme: the grid.
+        input_scale: float32 [1], scale of the layer's int8 inputs; None when they get theirs while
+            running, or are not quantized.
     """
 
     codes: torch.Tensor
@@ -26,6 +28,7 @@ class QuantizedTensor:
     zero_point: torch.Tensor | None
     g_idx: torch.Tensor | None
     scheme: WeightScheme
+    input_scale: torch.Tensor | None = None
 
     def validate(self) -> None:
         """Raise ValueError when shapes, dtypes or codes contradict the scheme."""
@@ -51,6 +54,10 @@ class QuantizedTensor:
             raise ValueError(
                 f"codes reach from {low} to {high}, beyond {self.scheme.num_bits} bits"
             )
+        if self.input_scale is not None:
+            usable = bool(torch.isfinite(self.input_scale).all() and (self.input_scale > 0).all())
+            if tuple(self.input_scale.shape) != (1,) or not usable:
+                raise ValueError("input_scale is not one positive number")
         if self.g_idx is not None:
             if tuple(self.g_idx.shape) != (columns,):
                 raise ValueError(f"g_idx is {tuple(self.g_idx.shape)}, not {(columns,)}")

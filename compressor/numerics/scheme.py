@@ -59,6 +59,9 @@ class ActivationScheme:
     dynamic: bool = True
 
 
+STATIC = ActivationScheme(strategy="tensor", dynamic=False)
+
+
 @dataclass(frozen=True)
 class Scheme:
     """Weights and input activations of a linear; ``name`` in the usual form, such as W4A16."""
@@ -68,7 +71,13 @@ class Scheme:
     input_activations: ActivationScheme | None = None
 
     @classmethod
-    def parse(cls, name: str, group_size: int | None = None, symmetric: bool = True) -> Scheme:
+    def parse(
+        cls,
+        name: str,
+        group_size: int | None = None,
+        symmetric: bool = True,
+        static_activations: bool = False,
+    ) -> Scheme:
         """From a name W{2,3,4,8}A{16,8}.
 
         Args:
@@ -76,9 +85,12 @@ class Scheme:
             group_size: input columns per scale; -1 for one scale per output channel; None for
                 the default (channel for 8-bit weights, groups of 128 below).
             symmetric: of the weights' grid.
+            static_activations: one scale for the whole input, from calibration, instead of one per
+                token; only with 8-bit activations.
 
         Raises:
-            ValueError: the name is not of that form, or the group size is not positive.
+            ValueError: the name is not of that form, the group size is not positive, or 16-bit
+                activations are to be static.
         """
         match = re.fullmatch(r"W([2348])A(16|8)", name)
         if not match:
@@ -88,6 +100,8 @@ class Scheme:
             group_size = DEFAULT_GROUP_SIZE
         if group_size is not None and group_size != -1 and group_size < 1:
             raise ValueError(f"group_size is {group_size}: it must be positive, or -1 for channels")
+        if static_activations and activation_bits == 16:
+            raise ValueError(f"scheme {name} leaves activations as they are: they have no scale")
         grouped = group_size not in (None, -1)
         return cls(
             name,
@@ -97,7 +111,9 @@ class Scheme:
                 "group" if grouped else "channel",
                 group_size if grouped else None,
             ),
-            ActivationScheme() if activation_bits == 8 else None,
+            (STATIC if static_activations else ActivationScheme())
+            if activation_bits == 8
+            else None,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,7 +9,8 @@ original model's activations have those carried along, by a third forward.
 Output, format-neutral and readable block by block:
 
     block-00000.safetensors   {linear}.codes int8 [out, in], .scale float32 [out, groups],
-                              .zero_point int8 [out, groups] and .g_idx int32 [in] where used;
+                              .zero_point int8 [out, groups], .g_idx int32 [in] and
+                              .input_scale float32 [1] where used;
                               {parameter}.replaced: unquantized tensors that a transform changed
     layers.jsonl              one line per linear: scheme, error, RTN's error, fallback
 """
@@ -37,8 +38,9 @@ from compressor.errors import RunError
 from compressor.models.architecture import BlockInputs, CausalLM, LinearRef
 from compressor.models.experts import UnfusedExperts
 from compressor.models.folding import Producer, find_producers
+from compressor.numerics.kernels import INT8_MAX
 from compressor.numerics.quantized import QuantizedTensor
-from compressor.numerics.scheme import Scheme
+from compressor.numerics.scheme import STATIC, Scheme
 from compressor.quantize.registry import (
     Algorithm,
     BlockRefinement,
@@ -242,7 +244,10 @@ class _Walk:
             if getattr(self.algorithm.options, "true_sequential", False) and results:
                 found = self._collect(index, refs)[group]
             for ref in refs:
-                results[ref.name] = self._solve(ref, found)
+                result = results[ref.name] = self._solve(ref, found)
+                if self._algorithm(ref).scheme.input_activations == STATIC:
+                    largest = found.absmax.amax() if found else torch.zeros(())
+                    result.tensor.input_scale = largest.clamp_min(1e-8).view(1).float() / INT8_MAX
                 seen[ref.name] = found.tokens if found else None
                 _place(ref, results[ref.name].tensor)
             statistics.pop(group, None)
@@ -492,6 +497,7 @@ def iterate_quantized(directory: Path) -> Iterator[tuple[str, QuantizedTensor, S
                         scale=part("scale"),
                         zero_point=part("zero_point"),
                         g_idx=part("g_idx"),
+                        input_scale=part("input_scale"),
                         scheme=schemes[name].weights,
                     ),
                     schemes[name],
@@ -515,6 +521,7 @@ def _flatten(name: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         "scale": tensor.scale,
         "zero_point": tensor.zero_point,
         "g_idx": tensor.g_idx,
+        "input_scale": tensor.input_scale,
     }
     return {f"{name}.{k}": v.cpu().contiguous() for k, v in parts.items() if v is not None}
 

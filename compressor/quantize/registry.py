@@ -62,9 +62,15 @@ class SchemeOptions(AlgorithmOptions):
         "layer's output (needs calibration).",
     )
 
+    activations: Literal["dynamic", "static"] = Field(
+        "dynamic",
+        description="Scales of 8-bit activations: one per token, found while serving, or one per "
+        "layer from calibration (cheaper to serve, less exact).",
+    )
+
     @property
     def needs_calibration(self) -> bool:
-        return self.observer == "output"
+        return self.observer == "output" or self.activations == "static"
 
     @model_validator(mode="after")
     def _check_scheme(self) -> SchemeOptions:
@@ -73,7 +79,8 @@ class SchemeOptions(AlgorithmOptions):
 
     def parsed(self) -> Scheme:
         """The scheme that these options describe."""
-        return Scheme.parse(self.scheme, self.group_size, self.symmetric)
+        static = self.activations == "static"
+        return Scheme.parse(self.scheme, self.group_size, self.symmetric, static)
 
 
 @dataclass

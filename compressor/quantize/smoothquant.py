@@ -16,8 +16,8 @@ import torch
 from pydantic import Field
 
 from compressor.numerics import grid
-from compressor.numerics.kernels import quantize_rows
-from compressor.numerics.scheme import Scheme
+from compressor.numerics.kernels import INT8_MAX, quantize_rows
+from compressor.numerics.scheme import STATIC, Scheme
 from compressor.quantize.registry import AlgorithmOptions, register
 from compressor.quantize.statistics import InputStatistics
 
@@ -65,10 +65,10 @@ class SmoothQuant:
         largest = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
         if self.options.strength != "auto":
             return channel_scales(absmax, largest, float(self.options.strength))
-        best, least = neutral, _rounding_error(weights, rows, neutral, scheme)
+        best, least = neutral, _rounding_error(weights, rows, absmax, neutral, scheme)
         for strength in _SEARCHED:
             trial = channel_scales(absmax, largest, strength)
-            error = _rounding_error(weights, rows, trial, scheme)
+            error = _rounding_error(weights, rows, absmax, trial, scheme)
             if error < least:
                 best, least = trial, error
         return best
@@ -83,10 +83,17 @@ def channel_scales(absmax: torch.Tensor, largest: torch.Tensor, strength: float)
 
 
 def _rounding_error(
-    weights: Sequence[torch.Tensor], rows: torch.Tensor, scale: torch.Tensor, scheme: Scheme
+    weights: Sequence[torch.Tensor],
+    rows: torch.Tensor,
+    absmax: torch.Tensor,
+    scale: torch.Tensor,
+    scheme: Scheme,
 ) -> float:
     """Summed relative output error of the linears with both sides rounded to nearest."""
-    codes, step = quantize_rows(rows / scale)
+    fixed = None
+    if scheme.input_activations == STATIC:
+        fixed = (absmax / scale).amax().clamp_min(1e-8).view(1) / INT8_MAX
+    codes, step = quantize_rows(rows / scale, fixed)
     rounded = codes.float() * step
     error = 0.0
     for weight in weights:

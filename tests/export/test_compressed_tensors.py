@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +24,8 @@ def make(tmp_path: Path, arch: str, **options: Any) -> tuple[Path, Path, Scheme]
     tiny.build(arch, source)
     cls = registry.get("rtn")
     algorithm = cls(cls.Options(**options), torch.float32)
-    facts = quantize_model(CausalLM.open(source), algorithm, tmp_path / "codes")
+    tokens = np.random.default_rng(0).integers(4, 300, (4, 32)).astype(np.int32)
+    facts = quantize_model(CausalLM.open(source), algorithm, tmp_path / "codes", tokens=tokens)
     ignore = [entry["name"] for entry in facts["coverage"]["skipped"]]
     artifact = tmp_path / "artifact"
     ct.export(
@@ -35,6 +37,7 @@ def make(tmp_path: Path, arch: str, **options: Any) -> tuple[Path, Path, Scheme]
 
 SCHEMES: list[dict[str, Any]] = [
     {"scheme": "W8A8"},
+    {"scheme": "W8A8", "activations": "static"},
     {"scheme": "W8A16"},
     {"scheme": "W4A16", "group_size": 16},
     {"scheme": "W4A16", "group_size": 16, "symmetric": False},

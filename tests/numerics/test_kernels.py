@@ -95,6 +95,7 @@ def test_columns_that_the_int8_kernel_would_read_past_are_computed_densely(colum
     [
         ActivationScheme(dynamic=False),
         ActivationScheme(strategy="tensor"),
+        ActivationScheme(strategy="tensor", dynamic=False, num_bits=4),
         ActivationScheme(symmetric=False),
         ActivationScheme(num_bits=4),
     ],
@@ -104,8 +105,24 @@ def test_activation_schemes_that_are_not_computed_are_refused(
 ) -> None:
     scheme = Scheme.parse("W8A8")
     other = Scheme("other", scheme.weights, activations)
-    with pytest.raises(ValueError, match="only dynamic symmetric int8 per token"):
+    with pytest.raises(ValueError, match="only symmetric int8, dynamic per token"):
         QuantizedLinear.from_tensor(quantized(scheme, 16, 16), other, None, kernel=kernel)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+def test_static_activations_have_one_scale(kernel: Literal["reference", "auto"]) -> None:
+    scheme = Scheme.parse("W8A8", static_activations=True)
+    tensor = quantized(scheme, 32, 128)
+    with pytest.raises(ValueError, match="no input_scale"):
+        QuantizedLinear.from_tensor(tensor, scheme, None, kernel=kernel)
+    tensor.input_scale = torch.tensor([0.02])
+    tensor.validate()
+    linear = QuantizedLinear.from_tensor(tensor, scheme, None, kernel=kernel)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(2))
+    x[0, 0] = 100  # beyond the calibrated range: held at its end
+    rounded = (x.double() / 0.02).round().clamp(-128, 127) * torch.tensor([0.02]).double()
+    expected = rounded @ tensor.dequantize().double().T
+    assert float((linear(x).double() - expected).norm() / expected.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["W8A8", "W8A16", "W4A16"])

@@ -155,10 +155,10 @@ def test_smoothing_lowers_the_error_of_outlier_channels(tmp_path: Path) -> None:
     for part in rows.split(16):
         statistics.update(part)
     scale = smooth().scales([weight], statistics, scheme)
-    ones = torch.ones(64)
+    ones, absmax = torch.ones(64), statistics.absmax
     assert scale[3] > 4 * scale.median()
-    assert _rounding_error([weight], rows, scale, scheme) < 0.5 * _rounding_error(
-        [weight], rows, ones, scheme
+    assert _rounding_error([weight], rows, absmax, scale, scheme) < 0.5 * _rounding_error(
+        [weight], rows, absmax, ones, scheme
     )
     sixteen = algorithm("rtn").scheme
     assert torch.equal(smooth().scales([weight], statistics, sixteen), ones)
@@ -195,6 +195,20 @@ def output_error(model_dir: Path, out: Path) -> float:
     for name, tensor, _ in driver.iterate_quantized(out):
         changed.get_submodule(name).weight.copy_(tensor.dequantize())
     return float((changed.model(ids).last_hidden_state - exact).norm() / exact.norm())
+
+
+def test_static_scales_span_the_calibrated_inputs(tmp_path: Path) -> None:
+    tiny.build("llama", tmp_path / "model")
+    quantizer = algorithm("rtn", scheme="W8A8", group_size=None, activations="static")
+    model = CausalLM.open(tmp_path / "model")
+    driver.quantize_model(model, quantizer, tmp_path / "out", tokens=TOKENS, batch_size=3)
+    found = codes(tmp_path / "out")
+    path = model.linears(0)[0].path
+    whole = CausalLM.open(tmp_path / "model").load_full(torch.float32)
+    expected = float(inputs_of(whole, path).abs().max()) / 127
+    assert float(found[path].input_scale) == pytest.approx(expected, rel=1e-5)
+    for tensor in found.values():
+        tensor.validate()
 
 
 def test_two_transforms_follow_each_other(tmp_path: Path) -> None:
