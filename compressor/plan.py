@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -241,12 +241,13 @@ class _Builder:
             needs = precision or any(step.needs_calibration for step in variant.quantize)
             config: dict[str, Any] = {"steps": steps, "ignore": list(variant.ignore)}
             inputs = [model]
-            tokens = 0
+            tokens = length = 0
             if needs:
                 assert recipe.calibration is not None and calibration is not None
                 inputs.append(calibration)
                 config |= walk
-                tokens = recipe.calibration.samples * recipe.calibration.length
+                length = recipe.calibration.length
+                tokens = recipe.calibration.samples * length
             if precision is not None and calibration is not None:
                 inputs.append(self._sensitivity(model, calibration, variant))
                 config["precision"] = precision.model_dump(exclude={"samples"})
@@ -255,7 +256,7 @@ class _Builder:
                 "quantize",
                 config,
                 inputs,
-                speed.quantize(tokens),
+                speed.quantize(tokens, length, [step.options for step in variant.quantize]),
                 variant=name,
             )
             for fmt in recipe.export:
@@ -380,7 +381,7 @@ class _Speed:
         p = self.facts.parameters
         return Estimate(15 + p / 2e7, self.BASE_MEMORY + 6 * p, 2 * p)
 
-    def quantize(self, tokens: int) -> Estimate:
+    def quantize(self, tokens: int, length: int, options: Sequence[Any]) -> Estimate:
         f, layers = self.facts, self.facts.layers
         hidden = 4 * tokens * f.hidden
         memory = self.BASE_MEMORY + 2 * hidden + 16 * self.block_parameters
@@ -390,6 +391,7 @@ class _Speed:
         forward = 2 * 2 * self.block_parameters * tokens
         statistics = tokens * (3 * f.hidden**2 + f.intermediate**2)
         solve = 3 * self.block_parameters * f.intermediate
+        solve += sum(o.work(self.block_parameters, f.intermediate, length) for o in options)
         return Estimate(5 + layers * (forward + statistics + solve) / self.flops, memory, disk)
 
     def sensitivity(self, tokens: int, schemes: int) -> Estimate:

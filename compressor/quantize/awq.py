@@ -31,6 +31,9 @@ class AWQOptions(AlgorithmOptions):
         True, description="Divide by the mean of the weights as well as multiply by the inputs'."
     )
 
+    def work(self, parameters: int, width: int, length: int) -> float:
+        return 2.0 * (self.steps + 1) * parameters * width
+
 
 @register("awq")
 class AWQ:

@@ -38,6 +38,9 @@ class CoordinateDescentOptions(AlgorithmOptions):
         True, description="Set the scales to the least-squares solution before each pass."
     )
 
+    def work(self, parameters: int, width: int, length: int) -> float:
+        return 6.0 * self.passes * parameters * width
+
 
 @register("coordinate_descent")
 class CoordinateDescent:

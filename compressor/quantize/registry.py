@@ -40,6 +40,16 @@ class AlgorithmOptions(BaseModel):
         """Whether an algorithm with these options looks at the layers' inputs."""
         return True
 
+    def work(self, parameters: int, width: int, length: int) -> float:
+        """Floating-point operations on one block that the options add to a plain walk, roughly.
+
+        Args:
+            parameters: of the block's linears.
+            width: inputs of its widest linear.
+            length: tokens per calibration sample.
+        """
+        return 0.0
+
 
 class SchemeOptions(AlgorithmOptions):
     """Options that every weight quantizer has."""

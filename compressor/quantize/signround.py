@@ -34,6 +34,9 @@ class SignRoundOptions(AlgorithmOptions):
     )
     tune_scales: bool = Field(True, description="Learn a factor on each group's scale as well.")
 
+    def work(self, parameters: int, width: int, length: int) -> float:
+        return 6.0 * self.iterations * self.batch_size * length * parameters
+
 
 @register("signround")
 class SignRound:
