@@ -6,6 +6,7 @@ that is added before rounding, and every group a factor on its scale; both follo
 gradient of the block's output error, at a step that falls linearly to zero. It starts from what the
 step before it rounded (GPTQ's weights with the errors of other columns spread into them), so it can
 only refine: a block whose error over the whole calibration set did not fall keeps what it had.
+Rounding of activations, where the scheme has any, is not part of what is learned.
 """
 
 from __future__ import annotations
