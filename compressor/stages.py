@@ -6,6 +6,7 @@ never loads torch.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +55,15 @@ class Context:
         return found
 
     @property
-    def model_dir(self) -> Path:
+    def baseline_dir(self) -> Path:
+        """Checkpoint of the model that all is compared with."""
         return model_dir(self.need("load"))
+
+    @property
+    def model_dir(self) -> Path:
+        """Checkpoint that the stage works on: the rotated one where the variant is rotated."""
+        rotated = self.find("rotate")
+        return rotated.path / "checkpoint" if rotated else self.baseline_dir
 
 
 def model_dir(load: StoredStage) -> Path:
@@ -146,6 +154,18 @@ def texts(context: Context) -> dict[str, Any]:
     return {"texts": found, "length": context.config["length"]}
 
 
+def rotate(context: Context) -> dict[str, Any]:
+    """Write the model with rotations folded into its weights."""
+    from compressor.models.architecture import CausalLM
+    from compressor.quantize.rotation import RotationOptions, rotate_checkpoint
+
+    target = context.directory / "checkpoint"
+    shutil.rmtree(target, ignore_errors=True)  # what a killed attempt left
+    model = CausalLM.open(context.model_dir)
+    with context.progress.task("rotate", len(model.blocks)) as task:
+        return rotate_checkpoint(model, RotationOptions(**context.config), target, task.advance)
+
+
 def sensitivity(context: Context) -> dict[str, Any]:
     """Predict what every scheme costs every linear."""
     from dataclasses import asdict
@@ -180,7 +200,7 @@ def quantize(context: Context) -> dict[str, Any]:
     import torch
 
     from compressor.models.architecture import CausalLM
-    from compressor.quantize.driver import quantize_model
+    from compressor.quantize.driver import calibration_dtype, quantize_model
 
     transforms, algorithm, refinements = algorithms(
         context.config["steps"], _scale_dtype(context.need("load"))
@@ -189,6 +209,9 @@ def quantize(context: Context) -> dict[str, Any]:
     tokens = np.load(calibration.path / "tokens.npy") if calibration else None
     model = CausalLM.open(context.model_dir)
     exceptions, allocation = _allocation(context)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = context.config.get("dtype", "auto")
+    dtype = getattr(torch, wanted, None) or calibration_dtype(model.config.dtype, device)
     title = f"quantize {context.stage.variant}"
     with context.progress.task(title, len(model.blocks)) as task:
 
@@ -207,7 +230,8 @@ def quantize(context: Context) -> dict[str, Any]:
             ignore=context.config["ignore"],
             batch_size=context.config.get("batch_size", 1),
             all_experts=context.config.get("all_experts", False),
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            dtype=dtype,
+            device=device,
             advance=advance,
         )
     return facts | ({"allocation": allocation} if allocation else {})
@@ -233,7 +257,7 @@ def export(context: Context) -> dict[str, Any]:
         if quantized is None:
             formats.export_dense(context.model_dir, provenance, target)
         else:
-            for stored in (load, quantized):
+            for stored in context.inputs.values():
                 stored.verify()
             ignore = [entry["name"] for entry in quantized.result["coverage"]["skipped"]]
             formats.export(
@@ -261,7 +285,7 @@ def evaluate(context: Context) -> dict[str, Any]:
     texts, baseline = context.need("texts"), context.find("evaluate")
     quantized = context.find("quantize")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plain = CausalLM.open(context.model_dir).load_full(torch.float32, device)
+    plain = CausalLM.open(context.baseline_dir).load_full(torch.float32, device)
     model = _quantized_model(context.model_dir, quantized, device) if quantized else plain
     head = split(plain)
     total = sum(text["windows"] for text in texts.result["texts"])
@@ -329,6 +353,7 @@ FUNCTIONS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "load": load,
     "calibrate": calibrate,
     "texts": texts,
+    "rotate": rotate,
     "sensitivity": sensitivity,
     "quantize": quantize,
     "export": export,

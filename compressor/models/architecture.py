@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from compressor.errors import RunError
+from compressor.models.attention import use_chunked_causal
 from compressor.models.checkpoint import Checkpoint
 from compressor.models.experts import UnfusedExperts, is_fused
 from compressor.models.names import disk_keys
@@ -184,6 +185,7 @@ class CausalLM:
             ) from error
         model.tie_weights()  # placing parameters on meta has cut the ties
         config.dtype = _main_dtype(checkpoint) or config.dtype or torch.float32
+        use_chunked_causal(model)
         return cls(model.eval(), config, checkpoint)
 
     def linears(self, index: int) -> list[LinearRef]:
@@ -199,7 +201,7 @@ class CausalLM:
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim >= 2:
                     full = _join(self.block_names[index], path, name)
-                    reason = "router" if _is_router(path) else "not a linear"
+                    reason = "router" if is_router(path) else "not a linear"
                     found.append((self.disk_name(full).removesuffix(".weight"), reason))
         return found
 
@@ -220,7 +222,7 @@ class CausalLM:
             parent, _, leaf = path.rpartition(".")
             group = _join(prefix, parent, _SHARED_INPUT.get(leaf, leaf))
             name = self.disk_name(f"{full}.weight").removesuffix(".weight")
-            yield LinearRef(name, full, module, group), "router" if _is_router(path) else None
+            yield LinearRef(name, full, module, group), "router" if is_router(path) else None
 
     def disk_name(self, name: str) -> str:
         """Key in the checkpoint of a parameter of the model (the name itself if there is none)."""
@@ -263,6 +265,17 @@ class CausalLM:
             seen = self._catch(ids, as_tuple=True)
         self._check_arguments(tuple(ids.shape), seen)
         return BlockInputs(seen[0][0], [(args, kwargs) for _, args, kwargs in seen])
+
+    def unload_outside(self) -> None:
+        """Free the weights outside the blocks, such as the embeddings."""
+        for path, module in list(self.model.named_modules()):
+            if self._in_blocks(path):
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                if self.checkpoint.has(self.disk_name(_join(path, name))):
+                    empty = torch.empty_like(parameter, device="meta")
+                    module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+        self.model.tie_weights()
 
     def finish(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Logits [batch, length, vocabulary] of the last block's output, by the model's own code.
@@ -463,7 +476,7 @@ def _find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     return best[1], best[2]
 
 
-def _is_router(path: str) -> bool:
+def is_router(path: str) -> bool:
     """Whether a module of a block decides which experts run (or how much one counts)."""
     return not _ROUTERS.isdisjoint(path.split("."))
 

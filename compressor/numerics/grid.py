@@ -16,7 +16,6 @@ from compressor.numerics.scheme import WeightScheme
 Observer = Literal["minmax", "mse", "output"]
 _SHRINK_STEPS = 20
 _SHRINK_TO = 0.6
-_NORM = 2.4  # the exponent of GPTQ's own clip search, between absolute and squared error
 
 
 def fit_grid(
@@ -111,11 +110,16 @@ def _error(
     """[out, groups]: error of the weights, or of their outputs where moments [groups, width, width]
     are given."""
     step = scale.unsqueeze(-1)
-    offset = 0.0 if zero is None else zero.float().unsqueeze(-1)
-    codes = torch.clamp(torch.round(x / step) + offset, scheme.minimum, scheme.maximum)
-    error = (codes - offset) * step - x
+    error = (x / step).round_()
+    if zero is None:
+        error.clamp_(scheme.minimum, scheme.maximum)
+    else:
+        offset = zero.float().unsqueeze(-1)
+        error.add_(offset).clamp_(scheme.minimum, scheme.maximum).sub_(offset)
+    error.mul_(step).sub_(x)
     if moments is None:
-        return error.abs_().pow_(_NORM).sum(-1)
+        # |error|^2.5: GPTQ's own clip search takes 2.4, for which there is no quick instruction.
+        return error.abs_().sqrt().mul_(error).mul_(error).sum(-1)
     return (torch.einsum("rgi,gij->rgj", error, moments) * error).sum(-1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -70,6 +70,11 @@ class QuantizedTensor:
             return self.g_idx.long()
         columns, groups = self.codes.shape[1], self.scale.shape[1]
         return torch.arange(columns, device=self.codes.device) // (columns // groups)
+
+    def rows(self, part: slice) -> QuantizedTensor:
+        """Some of the output channels."""
+        zero = None if self.zero_point is None else self.zero_point[part]
+        return replace(self, codes=self.codes[part], scale=self.scale[part], zero_point=zero)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [out, in] that the codes stand for."""

@@ -2,9 +2,12 @@
 
 At any time one block's weights, the embeddings' output and the calibration activations are in
 memory. Each block runs forward twice: once to collect the statistics of every linear's input, once
-with its quantized weights to make the next block's input (GPTQ, arXiv 2210.17323, section 4).
+with its quantized weights to make the next block's input (GPTQ, arXiv 2210.17323, section 4); with
+`true_sequential` once only, waiting at each linear until it is quantized (`suspended.py`).
 Linears that share an input (q/k/v, gate/up) share one statistic. Algorithms that aim at the
-original model's activations have those carried along, by a third forward.
+original model's activations have those carried along, by one more forward. Blocks run in bfloat16
+where the checkpoint is stored in it and the device multiplies it faster; weights are solved and
+kept in float32.
 
 Output, format-neutral and readable block by block:
 
@@ -30,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -39,6 +43,7 @@ from compressor.models.architecture import BlockInputs, CausalLM, LinearRef
 from compressor.models.experts import UnfusedExperts
 from compressor.models.folding import Producer, find_producers
 from compressor.numerics.kernels import INT8_MAX
+from compressor.numerics.memory import keep_freed_pages
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import STATIC, Scheme
 from compressor.quantize.registry import (
@@ -49,10 +54,13 @@ from compressor.quantize.registry import (
     WeightResult,
 )
 from compressor.quantize.statistics import InputStatistics
+from compressor.quantize.suspended import run_suspended
 
 CHECKPOINT_SECONDS = float(os.environ.get("COMPRESSOR_CHECKPOINT_SECONDS", "20"))
 LAYERS = "layers.jsonl"
 _RESUME = "resume.safetensors"
+_KEPT_STREAMS = 8  # activations of the block's width that a waiting batch keeps alive, at most
+_KEPT_SHARE = 0.4  # of the free memory that waiting batches may take
 FEW_TOKENS = 0.25  # inputs per column that a layer's statistics need to be used
 FOLD_TOLERANCE = 1e-3  # relative change of a block's output that rounding alone explains
 
@@ -75,6 +83,7 @@ def quantize_model(
     ignore: Sequence[str] = (),
     batch_size: int = 8,
     all_experts: bool = False,
+    dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     advance: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Any]:
@@ -91,6 +100,7 @@ def quantize_model(
         ignore: names or regular expressions of linears to leave as they are.
         batch_size: samples per forward; lowered to a divisor of the number of samples.
         all_experts: while statistics are taken, run every token through every expert.
+        dtype: what blocks run in; see `calibration_dtype`.
         device: where blocks are run and solved.
         advance: called with a note after each block.
 
@@ -101,6 +111,7 @@ def quantize_model(
         RunError: no linear is left to quantize, or a layer's weights cannot take the scheme.
     """
     started = time.perf_counter()
+    keep_freed_pages()
     directory.mkdir(parents=True, exist_ok=True)
     skipped = [
         {"name": name, "reason": reason}
@@ -109,7 +120,7 @@ def quantize_model(
     ] + [{"name": name, "reason": reason} for name, reason in model.outside_linears()]
     walk = _Walk(
         model, algorithm, exceptions or {}, transforms, refinements, directory, ignore,
-        all_experts, device,
+        all_experts, dtype, device,
     )  # fmt: skip
     first = walk.resume_point()
     if walk.needs_statistics:
@@ -135,6 +146,7 @@ def quantize_model(
     return {
         "seconds": time.perf_counter() - started,
         "tokens": int(tokens.size) if tokens is not None and walk.needs_statistics else 0,
+        "calibration_dtype": str(dtype).removeprefix("torch.") if walk.needs_statistics else None,
         "resumed_at_block": first,
         "scheme": algorithm.scheme.to_dict(),
         "coverage": {
@@ -163,6 +175,7 @@ class _Walk:
         directory: Path,
         ignore: Sequence[str],
         all_experts: bool,
+        dtype: torch.dtype,
         device: str,
     ) -> None:
         self.model = model
@@ -178,7 +191,13 @@ class _Walk:
         self.directory = directory
         self.ignore = ignore
         self.all_experts = all_experts
+        self.dtype = dtype
         self.device = device
+        self.channels = bool(transforms) or any(
+            one.scheme.input_activations == STATIC
+            for one in (algorithm, *(exceptions or {}).values())
+        )
+        self.masters: dict[int, torch.Tensor] = {}  # float32 weights of the block, by parameter
         # [samples, length, hidden]: what the quantized blocks so far make of the calibration
         # tokens, and what the original ones do (only followed where something asks for it).
         self.hidden: torch.Tensor | None = None
@@ -215,17 +234,21 @@ class _Walk:
         ids = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
         with torch.no_grad():
             # Masks and rotary tables depend on the batch's shape alone: kept from the first batch.
-            self.inputs = {size: self.model.embed(ids[:size]) for size in {self.batch, *sizes}}
+            self.inputs = {
+                size: _cast(self.model.embed(ids[:size]), self.dtype)
+                for size in {self.batch, *sizes}
+            }
             if first:
                 saved = load_file(self.directory / _RESUME)
                 self.hidden = saved["hidden"].clone()
                 self.original = saved["original"].clone() if self.follows_original else None
-                return
-            head = self.inputs[self.batch].hidden
-            self.hidden = torch.empty(samples, *head.shape[1:], dtype=head.dtype)
-            for part in self._parts():
-                self.hidden[part] = self.model.embed(ids[part]).hidden.cpu()
-            self.original = self.hidden.clone() if self.follows_original else None
+            else:
+                head = self.inputs[self.batch].hidden
+                self.hidden = torch.empty(samples, *head.shape[1:], dtype=head.dtype)
+                for part in self._parts():
+                    self.hidden[part] = self.model.embed(ids[part]).hidden.to(self.dtype).cpu()
+                self.original = self.hidden.clone() if self.follows_original else None
+        self.model.unload_outside()
 
     def block(self, index: int) -> str:
         """Quantize one block; returns a note on it for the progress line."""
@@ -233,26 +256,31 @@ class _Walk:
         model.load_block(index, self.device, torch.float32)
         targets = [r for r in model.linears(index) if not is_ignored(r.name, self.ignore)]
         left = [r for r in model.linears(index) if is_ignored(r.name, self.ignore)]
-        statistics = self._collect(index, targets) if self.needs_statistics else {}
+        sequential = self.needs_statistics and self._is_sequential(targets)
+        statistics: dict[str, InputStatistics] = {}
+        if self.transforms or (self.needs_statistics and not sequential):
+            statistics = self._collect(index, targets)
         if self.original is not None:
             self._forward(index, self.original)
         replaced = self._transform(index, targets, statistics)
         results: dict[str, WeightResult] = {}
         seen: dict[str, int | None] = {}
-        for group, refs in _by_input(targets).items():
-            found = statistics.get(group)
-            if getattr(self.algorithm.options, "true_sequential", False) and results:
-                found = self._collect(index, refs)[group]
-            for ref in refs:
-                result = results[ref.name] = self._solve(ref, found)
-                if self._algorithm(ref).scheme.input_activations == STATIC:
-                    largest = found.absmax.amax() if found else torch.zeros(())
-                    result.tensor.input_scale = largest.clamp_min(1e-8).view(1).float() / INT8_MAX
-                seen[ref.name] = found.tokens if found else None
-                _place(ref, results[ref.name].tensor)
-            statistics.pop(group, None)
+
+        def solve(refs: list[LinearRef], found: InputStatistics | None) -> None:
+            results.update(self._solve(refs, found))
+            seen.update({ref.name: found.tokens if found else None for ref in refs})
+
+        ready = False  # whether self.hidden is the next block's input already
+        if sequential and self._suspended_fits(targets):
+            self._solve_suspended(index, targets, solve)
+            ready = not self.block_refinements
+        else:
+            for group, refs in _by_input(targets).items():
+                if sequential:
+                    statistics = self._collect(index, refs)
+                solve(refs, statistics.pop(group, None))
         loss = self._refine_block(index, targets, results)
-        if self.needs_statistics and not last:
+        if self.needs_statistics and not last and not ready:
             self._forward(index, self.hidden)
         records: list[dict[str, Any]] = [
             {"block": index, "name": r.name, "reason": "ignored by the recipe"} for r in left
@@ -300,7 +328,58 @@ class _Walk:
         for start in range(0, len(self.hidden), self.batch):
             yield slice(start, start + self.batch)
 
+    def _is_sequential(self, targets: list[LinearRef]) -> bool:
+        return any(
+            getattr(self._algorithm(ref).options, "true_sequential", False) for ref in targets
+        )
+
+    def _suspended_fits(self, targets: list[LinearRef]) -> bool:
+        """Whether memory holds what every batch keeps alive while it waits. The result is the same
+        either way, only the time is not."""
+        assert self.hidden is not None
+        widest = max(ref.module.in_features for ref in targets)
+        per_token = (_KEPT_STREAMS * self.hidden.shape[-1] + 2 * widest) * self.dtype.itemsize
+        needed = self.hidden[..., 0].numel() * per_token
+        if torch.device(self.device).type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            free = psutil.virtual_memory().available
+        return needed < _KEPT_SHARE * free
+
+    @contextlib.contextmanager
+    def _working(self, index: int) -> Iterator[None]:
+        """The block's weights in the dtype that it runs in; afterwards in float32 as before, where
+        they were not quantized meanwhile."""
+        if self.dtype == torch.float32 or self.masters:
+            yield
+            return
+        parameters = [p for p in self.model.blocks[index].parameters() if p.is_floating_point()]
+        self.masters = {id(p): p.data for p in parameters}
+        for parameter in parameters:
+            parameter.data = parameter.data.to(self.dtype)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.data = self.masters[id(parameter)]
+            self.masters = {}
+
+    def _weight(self, ref: LinearRef) -> torch.Tensor:
+        """A linear's weight, float32 [out, in]."""
+        weight = ref.module.weight
+        return self.masters.get(id(weight), weight.detach()).to(torch.float32)
+
+    @torch.no_grad()
+    def _place(self, ref: LinearRef, tensor: QuantizedTensor) -> None:
+        """Give the linear the weight that its codes stand for."""
+        weight = ref.module.weight
+        value = tensor.dequantize().to(weight.device)
+        if id(weight) in self.masters:
+            self.masters[id(weight)] = value
+        weight.data.copy_(value)
+
     def _run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The block's output, inside `_working`."""
         return self.model.run_block(index, hidden.to(self.device), self.inputs[len(hidden)])
 
     @torch.no_grad()
@@ -311,7 +390,7 @@ class _Walk:
         fired: set[str] = set()
         handles = []
         for group, refs in _by_input(targets).items():
-            found[group] = InputStatistics(refs[0].module.in_features, self.device)
+            found[group] = self._statistics(refs)
 
             def hook(_: torch.nn.Module, args: tuple, group: str = group) -> None:
                 fired.add(group)
@@ -320,18 +399,56 @@ class _Walk:
                     raise _AllSeen  # what the block does with its last inputs is not needed
 
             handles.append(refs[0].module.register_forward_pre_hook(hook))
-        experts = [m for m in self.model.blocks[index].modules() if isinstance(m, UnfusedExperts)]
-        for module in experts:
-            module.every_token = self.all_experts
-        for part in self._parts():
-            fired.clear()
-            with contextlib.suppress(_AllSeen):
-                self._run(index, self.hidden[part])
-        for module in experts:
-            module.every_token = False
+        with self._working(index), self._every_expert(index):
+            for part in self._parts():
+                fired.clear()
+                with contextlib.suppress(_AllSeen):
+                    self._run(index, self.hidden[part])
         for handle in handles:
             handle.remove()
         return found
+
+    @torch.no_grad()
+    def _solve_suspended(
+        self,
+        index: int,
+        targets: list[LinearRef],
+        solve: Callable[[list[LinearRef], InputStatistics | None], None],
+    ) -> None:
+        """Take statistics, solve, and run the block in one pass. The activations become the
+        block's output, unless refinements still need its input."""
+        assert self.hidden is not None
+        hidden = self.hidden
+        groups = _by_input(targets)
+        found = {group: self._statistics(refs) for group, refs in groups.items()}
+
+        def run(part: slice) -> None:
+            out = self._run(index, hidden[part])
+            if not self.block_refinements:
+                hidden[part] = out.cpu()
+
+        with self._working(index), self._every_expert(index):
+            run_suspended(
+                [functools.partial(run, part) for part in self._parts()],
+                {group: [ref.module for ref in refs] for group, refs in groups.items()},
+                lambda group, x: found[group].update(x),
+                lambda group: solve(groups[group], found.pop(group)),
+            )
+
+    def _statistics(self, refs: list[LinearRef]) -> InputStatistics:
+        return InputStatistics(refs[0].module.in_features, self.device, self.channels)
+
+    @contextlib.contextmanager
+    def _every_expert(self, index: int) -> Iterator[None]:
+        """Where asked for, every token goes through every expert."""
+        experts = [m for m in self.model.blocks[index].modules() if isinstance(m, UnfusedExperts)]
+        for module in experts:
+            module.every_token = self.all_experts
+        try:
+            yield
+        finally:
+            for module in experts:
+                module.every_token = False
 
     def _transform(
         self, index: int, targets: list[LinearRef], statistics: dict[str, InputStatistics]
@@ -343,8 +460,8 @@ class _Walk:
         if not self.transforms:
             return {}
         assert self.hidden is not None
-        sample = self.hidden[: self.batch].to(self.device)
-        inputs = self.inputs[self.batch]
+        sample = self.hidden[: self.batch].to(self.device, torch.float32)
+        inputs = _cast(self.inputs[self.batch], torch.float32)
         producers, before = find_producers(self.model, index, sample, inputs, targets)
         applied: list[tuple[Producer, torch.Tensor]] = []
         for producer in producers:
@@ -361,7 +478,7 @@ class _Walk:
                     seen.divide(scale)
                     applied.append((producer, scale))
         with torch.no_grad():
-            after = self._run(index, sample)
+            after = self.model.run_block(index, sample, inputs)
         if float((after - before).norm() / before.norm()) > FOLD_TOLERANCE:
             for producer, scale in reversed(applied):
                 producer.undo()
@@ -379,29 +496,48 @@ class _Walk:
     def _algorithm(self, ref: LinearRef) -> Algorithm:
         return self.exceptions.get(ref.name, self.algorithm)
 
-    def _solve(self, ref: LinearRef, seen: InputStatistics | None) -> WeightResult:
-        weight = ref.module.weight.detach().to(torch.float32)
+    def _solve(
+        self, refs: list[LinearRef], seen: InputStatistics | None
+    ) -> dict[str, WeightResult]:
+        """Quantize linears that read the same input, and put the result in place."""
+        width = refs[0].module.in_features
         hessian = None
         if self.needs_statistics:
             # Of an expert that hardly any token reached too little is known: with the identity for
             # H every algorithm does what round-to-nearest does.
-            if seen is not None and not _undersampled(seen.tokens, weight.shape[1]):
+            if seen is not None and not _undersampled(seen.tokens, width):
                 hessian = seen.hessian
             else:
-                hessian = torch.eye(weight.shape[1], device=weight.device)
-        try:
-            result = self._algorithm(ref).quantize(weight, hessian)
-            for refinement in self.layer_refinements:
-                result = refinement.refine(weight, result, hessian)
-        except ValueError as error:
-            raise RunError(
-                str(error),
-                where=ref.name,
-                fix="choose another group_size, or name the layer under `ignore`",
-            ) from error
-        if not self.block_refinements:
-            result.rounded = None  # large, and read by nothing from here on
-        return result
+                hessian = torch.eye(width, device=self.device)
+        parts: dict[int, list[LinearRef]] = {}
+        for ref in refs:
+            parts.setdefault(id(self._algorithm(ref)), []).append(ref)
+        results = {}
+        for part in parts.values():
+            algorithm = self._algorithm(part[0])
+            weights = [self._weight(ref) for ref in part]
+            try:
+                found = algorithm.quantize_all(weights, hessian)
+                for refinement in self.layer_refinements:
+                    found = [
+                        refinement.refine(weight, result, hessian)
+                        for weight, result in zip(weights, found, strict=True)
+                    ]
+            except ValueError as error:
+                raise RunError(
+                    str(error),
+                    where=", ".join(ref.name for ref in part),
+                    fix="choose another group_size, or name the layer under `ignore`",
+                ) from error
+            for ref, result in zip(part, found, strict=True):
+                if algorithm.scheme.input_activations == STATIC:
+                    largest = seen.absmax.amax() if seen else torch.zeros(())
+                    result.tensor.input_scale = largest.clamp_min(1e-8).view(1).float() / INT8_MAX
+                if not self.block_refinements:
+                    result.rounded = None  # large, and read by nothing from here on
+                self._place(ref, result.tensor)
+                results[ref.name] = result
+        return results
 
     def _refine_block(
         self, index: int, targets: list[LinearRef], results: dict[str, WeightResult]
@@ -418,21 +554,25 @@ class _Walk:
         for refinement in self.block_refinements:
             layers = [(ref.module, results[ref.name]) for ref in targets]
             size = _divisor(len(self.hidden), refinement.options.batch_size)
-            tensors, *loss = refinement.refine(
-                layers, functools.partial(self._run, index), self.hidden, self.original, size, index
-            )
+            forward = functools.partial(self._run, index)
+            with self._working(index):
+                tensors, *loss = refinement.refine(
+                    layers, forward, self.hidden, self.original, size, index
+                )
+                for ref, tensor in zip(targets, tensors, strict=True):
+                    self._place(ref, tensor)
+                    results[ref.name] = dataclasses.replace(results[ref.name], tensor=tensor)
             losses += loss
-            for ref, tensor in zip(targets, tensors, strict=True):
-                results[ref.name] = dataclasses.replace(results[ref.name], tensor=tensor)
-        scale = float(self.original.square().mean())
+        scale = float(self.original.float().square().mean())
         return {"block_error_before": losses[0] / scale, "block_error": losses[-1] / scale}
 
     @torch.no_grad()
     def _forward(self, index: int, activations: torch.Tensor | None) -> None:
         """Replace activations [samples, length, hidden] by what the block makes of them."""
         assert activations is not None
-        for part in self._parts():
-            activations[part] = self._run(index, activations[part]).cpu()
+        with self._working(index):
+            for part in self._parts():
+                activations[part] = self._run(index, activations[part]).cpu()
 
 
 def _undersampled(tokens: int | None, in_features: int) -> bool:
@@ -453,10 +593,27 @@ def _by_input(refs: Sequence[LinearRef]) -> dict[str, list[LinearRef]]:
     return groups
 
 
-@torch.no_grad()
-def _place(ref: LinearRef, tensor: QuantizedTensor) -> None:
-    """Give the linear the weight that its codes stand for."""
-    ref.module.weight.copy_(tensor.dequantize().to(ref.module.weight.device))
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Tensors of floating point, in nested arguments of a block, in another dtype."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, BlockInputs):
+        return BlockInputs(_cast(value.hidden, dtype), _cast(value.calls, dtype))
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_cast(item, dtype) for item in value)
+    return value
+
+
+def calibration_dtype(stored: torch.dtype, device: str) -> torch.dtype:
+    """bfloat16 where a model is stored in it and the device multiplies it faster than float32."""
+    if stored != torch.bfloat16:
+        return torch.float32
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
 
 
 def read_layers(directory: Path) -> list[dict[str, Any]]:

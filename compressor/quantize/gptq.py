@@ -9,6 +9,7 @@ current block of ``block_size`` get their updates in one matrix product.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -77,14 +78,22 @@ class GPTQ:
         return self.options.parsed()
 
     def quantize(self, weight: torch.Tensor, hessian: torch.Tensor | None) -> WeightResult:
-        """Quantize one linear.
+        """Quantize one linear: `quantize_all` for a weight by itself."""
+        return self.quantize_all([weight], hessian)[0]
+
+    def quantize_all(
+        self, weights: Sequence[torch.Tensor], hessian: torch.Tensor | None
+    ) -> list[WeightResult]:
+        """Quantize linears that read the same input, in one pass over its columns.
+
+        Rows do not see each other, so the result is that of each linear by itself.
 
         Args:
-            weight: float32 [out, in].
-            hessian: float32 [in, in], 2/n sum x x^T of its inputs.
+            weights: float32 [out, in] each.
+            hessian: float32 [in, in], 2/n sum x x^T of their input.
 
         Returns:
-            The codes, or round-to-nearest's where those give the lower output error.
+            The codes of each, or round-to-nearest's where those give the lower output error.
 
         Raises:
             ValueError: no Hessian, non-finite values, or group_size does not divide ``in``.
@@ -93,28 +102,37 @@ class GPTQ:
             raise ValueError("GPTQ needs the Hessian of the layer's input")
         if not bool(torch.isfinite(hessian).all()):
             raise ValueError("the layer's input held NaN or infinite values during calibration")
-        rtn = RTN(
+        nearest = RTN(
             SchemeOptions(**self.options.model_dump(include=set(SchemeOptions.model_fields))),
             self.scale_dtype,
-        ).quantize(weight, hessian)
+        ).quantize_all(weights, hessian)
         order = None
         if self.options.desc_act:
             order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
         factor, damp = inverse_factor(
             hessian if order is None else hessian[order][:, order], self.options.damp
         )
-        tensor, rounded = self._round(weight, hessian, factor, order)
-        error = relative_error(weight, tensor.dequantize(), hessian)
-        if not error <= rtn.error:  # so that an error that is not a number falls back too
-            tensor, error, rounded = rtn.tensor, rtn.error, weight
-        return WeightResult(
-            tensor,
-            error,
-            rtn.error,
-            fallback=tensor is rtn.tensor,
-            damp=damp,
-            rounded=rounded,
-        )
+        stacked = torch.cat(list(weights))
+        tensor, rounded = self._round(stacked, hessian, factor, order, [r.tensor for r in nearest])
+        results = []
+        start = 0
+        for weight, rtn in zip(weights, nearest, strict=True):
+            rows = slice(start, start + len(weight))
+            start = rows.stop
+            mine = tensor.rows(rows)
+            error = relative_error(weight, mine.dequantize(), hessian)
+            better = error <= rtn.error  # false too where an error is not a number
+            results.append(
+                WeightResult(
+                    mine if better else rtn.tensor,
+                    error if better else rtn.error,
+                    rtn.error,
+                    fallback=not better,
+                    damp=damp,
+                    rounded=rounded[rows] if better else weight,
+                )
+            )
+        return results
 
     def _round(
         self,
@@ -122,8 +140,12 @@ class GPTQ:
         hessian: torch.Tensor,
         factor: torch.Tensor,
         order: torch.Tensor | None,
+        nearest: Sequence[QuantizedTensor],
     ) -> tuple[QuantizedTensor, torch.Tensor]:
-        """The codes, and what each was rounded from [out, in]."""
+        """The codes, and what each was rounded from [out, in].
+
+        ``nearest`` holds the grids that round-to-nearest fitted, for those that stay fixed.
+        """
         scheme = self.scheme.weights
         rows, columns = weight.shape
         groups = scheme.groups(columns)
@@ -136,10 +158,9 @@ class GPTQ:
         scale = torch.empty(rows, groups, device=weight.device)
         zero = None if scheme.symmetric else torch.empty(rows, groups, device=weight.device)
         if fixed:
-            found, found_zero = self._fit(weight, hessian)
-            scale.copy_(found)
-            if zero is not None and found_zero is not None:
-                zero.copy_(found_zero)
+            torch.cat([one.scale for one in nearest], out=scale)
+            if zero is not None:
+                zero.copy_(torch.cat([z for one in nearest if (z := one.zero_point) is not None]))
         for start in range(0, columns, self.options.block_size):
             stop = min(start + self.options.block_size, columns)
             block = left[start:stop].clone()
@@ -160,9 +181,7 @@ class GPTQ:
                         ahead[inside:] -= factor[start:column, stop : column + width].T @ errors[:i]
                     members = torch.arange(column, column + width, device=weight.device)
                     members = members if order is None else order[members]
-                    one, one_zero = self._fit(
-                        ahead.T.contiguous(), hessian[members][:, members], whole=True
-                    )
+                    one, one_zero = self._fit(ahead.T.contiguous(), hessian[members][:, members])
                     scale[:, group] = one[:, 0]
                     if zero is not None and one_zero is not None:
                         zero[:, group] = one_zero[:, 0].float()
@@ -190,11 +209,10 @@ class GPTQ:
         return tensor, was.contiguous()
 
     def _fit(
-        self, weight: torch.Tensor, hessian: torch.Tensor, whole: bool = False
+        self, weight: torch.Tensor, hessian: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        scheme = self.scheme
-        if whole:  # one group by itself
-            scheme = Scheme.parse(scheme.name, -1, self.options.symmetric)
+        """The grid of one group [out, group_size]."""
+        scheme = Scheme.parse(self.scheme.name, -1, self.options.symmetric)
         return grid.fit_grid(
             weight, scheme.weights, self.options.observer, self.scale_dtype, hessian
         )
@@ -216,11 +234,13 @@ def inverse_factor(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, fl
     while damp <= _MAX_DAMP:
         damped = work.clone()
         torch.diagonal(damped).add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # Rows and columns turned round, the lower factor of H is an upper one R with H = R R^T,
+        # and U = R^-1: no inverse of H is formed, whose rounding would decide at low damping.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not int(failed):
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not int(failed):
+            unit = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True)
+            if bool(torch.isfinite(upper).all()):
                 return upper, damp
         damp *= 10
     raise ValueError("the Hessian cannot be factorised even with heavy damping")

@@ -25,8 +25,21 @@ if TYPE_CHECKING:
     from compressor.quantize.statistics import InputStatistics
 
 ENTRY_POINT_GROUP = "compressor.algorithms"
-_BUILT_IN = ("smoothquant", "awq", "rtn", "gptq", "coordinate_descent", "signround")
-KINDS = ("transform", "weights", "refinement")  # in the order in which a recipe names them
+_BUILT_IN = (
+    "rotation",
+    "smoothquant",
+    "awq",
+    "rtn",
+    "gptq",
+    "coordinate_descent",
+    "signround",
+)
+KINDS = (
+    "rotation",
+    "transform",
+    "weights",
+    "refinement",
+)  # in the order in which a recipe names them
 _REGISTRY: dict[str, Any] = {}
 
 
@@ -155,7 +168,11 @@ class Algorithm(Protocol):
     @property
     def scheme(self) -> Scheme: ...
 
-    def quantize(self, weight: torch.Tensor, hessian: torch.Tensor | None) -> WeightResult: ...
+    def quantize_all(
+        self, weights: Sequence[torch.Tensor], hessian: torch.Tensor | None
+    ) -> list[WeightResult]:
+        """Quantize linears [out, in] that read the same input, whose Hessian is [in, in]."""
+        ...
 
 
 class LayerRefinement(Protocol):

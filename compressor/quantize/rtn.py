@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -44,3 +45,9 @@ class RTN:
         tensor = grid.quantize(weight, scale, zero, scheme)
         error = relative_error(weight, tensor.dequantize(), hessian)
         return WeightResult(tensor, error, error, rounded=weight)
+
+    def quantize_all(
+        self, weights: Sequence[torch.Tensor], hessian: torch.Tensor | None = None
+    ) -> list[WeightResult]:
+        """`quantize` of each of several linears that read the same input."""
+        return [self.quantize(weight, hessian) for weight in weights]

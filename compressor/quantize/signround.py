@@ -91,7 +91,7 @@ class SignRound:
                     for one in held:
                         one.place()
                     made = forward(inputs[rows].to(device))
-                    loss = (made - outputs[rows].to(device)).square().mean()
+                    loss = (made.float() - outputs[rows].to(device).float()).square().mean()
                     loss.backward()
                 rate = first * (1 - step / self.options.iterations)
                 for one in held:
@@ -116,6 +116,7 @@ class _Learned:
     def __init__(self, linear: nn.Linear, result: WeightResult, tune_scales: bool) -> None:
         self.linear = linear
         self.parameter = linear._parameters["weight"]
+        self.dtype = linear.weight.dtype
         self.old = result.tensor
         device = linear.weight.device
         self.scale = result.tensor.scale.to(device)
@@ -140,7 +141,8 @@ class _Learned:
         codes = codes.clamp(scheme.minimum, scheme.maximum)
         self.linear._parameters.pop("weight", None)
         module: Any = self.linear  # a plain tensor where torch expects a parameter
-        module.weight = (codes - self.zero) * (self.scale[:, self.index] * factor)
+        weight = (codes - self.zero) * (self.scale[:, self.index] * factor)
+        module.weight = weight.to(self.dtype)
 
     def move(self, rate: float) -> None:
         """One signed step."""
@@ -176,6 +178,7 @@ def _loss(
     total = 0.0
     for start in range(0, len(inputs), size):
         part = slice(start, start + size)
-        difference = forward(inputs[part].to(device)) - outputs[part].to(device)
+        made = forward(inputs[part].to(device)).float()
+        difference = made - outputs[part].to(device).float()
         total += float(difference.square().sum())
     return total / outputs.numel()

@@ -69,8 +69,8 @@ def test_statistics_are_those_of_the_quantized_stream(tmp_path: Path) -> None:
     tiny.build("llama", tmp_path / "model")
     quantizer = algorithm(scheme="W2A16")
     seen: list[torch.Tensor] = []
-    original = quantizer.quantize
-    quantizer.quantize = lambda w, h: (seen.append(h), original(w, h))[1]
+    original = quantizer.quantize_all
+    quantizer.quantize_all = lambda w, h: (seen.extend([h] * len(w)), original(w, h))[1]
     model = CausalLM.open(tmp_path / "model")
     driver.quantize_model(model, quantizer, tmp_path / "out", tokens=TOKENS, batch_size=4)
     first = [ref.path for ref in model.linears(0)]
@@ -89,8 +89,11 @@ def test_true_sequential_takes_statistics_behind_quantized_linears(tmp_path: Pat
     tiny.build("llama", tmp_path / "model")
     quantizer = algorithm(scheme="W2A16", true_sequential=True)
     seen: dict[int, torch.Tensor] = {}
-    original = quantizer.quantize
-    quantizer.quantize = lambda w, h: (seen.setdefault(len(seen), h), original(w, h))[1]
+    original = quantizer.quantize_all
+    quantizer.quantize_all = lambda w, h: (
+        [seen.setdefault(len(seen), h) for _ in w],
+        original(w, h),
+    )[1]
     model = CausalLM.open(tmp_path / "model")
     driver.quantize_model(model, quantizer, tmp_path / "out", tokens=TOKENS, batch_size=4)
     paths = [ref.path for ref in model.linears(0)]

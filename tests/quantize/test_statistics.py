@@ -26,5 +26,8 @@ def test_equals_the_plain_product(features: int, sizes: list[int], dtype: torch.
     expected = 2 / max(len(x), 1) * x.T @ x
     assert accumulator.tokens == len(x)
     got = accumulator.result()
-    np.testing.assert_allclose(got.numpy(), expected, atol=1e-3, rtol=1e-4)
+    # Products of bfloat16 are rounded to it once an update.
+    tolerance = 1e-4 if dtype == torch.float32 else 8e-3
+    size = np.abs(expected).max(initial=0)
+    np.testing.assert_allclose(got.numpy(), expected, atol=1e-3 + tolerance * size, rtol=tolerance)
     assert torch.equal(got, got.T)

@@ -1,8 +1,9 @@
-"""GPTQ by llmcompressor on given calibration tokens, for `benchmarks/quantizers.py`.
+"""(SmoothQuant and) GPTQ by llmcompressor on given tokens, for `benchmarks/quantizers.py`.
 
-    PYTHON_WITH_LLMCOMPRESSOR benchmarks/peers/llmcompressor_gptq.py MODEL TOKENS.npy OUTPUT OPTIONS
+    PYTHON_WITH_LLMCOMPRESSOR benchmarks/peers/llmcompressor.py MODEL TOKENS.npy OUTPUT OPTIONS
 
-TOKENS is int32 [samples, length]; OPTIONS is JSON: dtype, group_size, symmetric, actorder. Writes
+TOKENS is int32 [samples, length]; OPTIONS is JSON: dtype, and either group_size, symmetric and
+actorder for 4-bit weights, or `"scheme": "W8A8"` for SmoothQuant and GPTQ to int8. Writes
 llmcompressor's own compressed-tensors checkpoint and, last, a line of JSON with the seconds that
 `oneshot` took (loading the model not counted).
 """
@@ -18,6 +19,7 @@ import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import GPTQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -28,18 +30,23 @@ def main() -> None:
     dtype = getattr(torch, options["dtype"])
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in tokens.tolist()]
-    weights = {
-        "num_bits": 4,
-        "type": "int",
-        "symmetric": options["symmetric"],
-        "strategy": "group",
-        "group_size": options["group_size"],
-        "actorder": options["actorder"],
-        "observer": "mse",
-    }
-    recipe = GPTQModifier(
-        config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"]
-    )
+    if options.get("scheme") == "W8A8":
+        recipe = [
+            SmoothQuantModifier(smoothing_strength=0.8),
+            GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
+        ]
+    else:
+        weights = {
+            "num_bits": 4,
+            "type": "int",
+            "symmetric": options["symmetric"],
+            "strategy": "group",
+            "group_size": options["group_size"],
+            "actorder": options["actorder"],
+            "observer": "mse",
+        }
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+        recipe = [GPTQModifier(config_groups=groups, ignore=["lm_head"])]
     started = time.perf_counter()
     oneshot(
         model=model,

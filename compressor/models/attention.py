@@ -1,0 +1,106 @@
+"""Causal attention over whole sequences on a CPU, faster than torch's own kernel there.
+
+torch's CPU kernel works on tiles too small for the matrix units' full rate and spends as much on a
+causal mask as on none. Here queries go in chunks, each against the keys up to its end only, in
+plain matrix products; heads that share keys are rows of one product. Everything that is not a plain
+causal pass (masks, sliding windows, gradients, other devices) goes to the library's `sdpa`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+NAME = "chunked_causal"
+_CHUNK = 128
+
+
+def chunked_causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """softmax(scale Q K^T, each query seeing the keys up to its own place) V.
+
+    Args:
+        query: [batch, heads, length, width].
+        key: [batch, heads of keys, length, width], their number a divisor of ``heads``.
+        value: [batch, heads of keys, length, width of values].
+        scale: of the scores.
+
+    Returns:
+        [batch, length, heads, width of values].
+    """
+    batch, heads, length, width = query.shape
+    shared = key.shape[1]
+    queries = (query * scale).view(batch, shared, heads // shared, length, width)
+    keys = key.transpose(-1, -2)
+    out = query.new_empty(batch, length, shared, heads // shared, value.shape[-1])
+    ahead = torch.full((_CHUNK, _CHUNK), float("-inf"), dtype=query.dtype).triu_(1)
+    for start in range(0, length, _CHUNK):
+        stop = min(start + _CHUNK, length)
+        rows = stop - start
+        scores = queries[:, :, :, start:stop].reshape(batch, shared, -1, width) @ keys[..., :stop]
+        scores.view(batch, shared, -1, rows, stop)[..., start:] += ahead[:rows, :rows]
+        mixed = torch.softmax(scores, -1) @ value[:, :, :stop]
+        shaped = mixed.view(batch, shared, -1, rows, value.shape[-1])
+        out[:, start:stop] = shaped.permute(0, 3, 1, 2, 4)
+    return out.view(batch, length, heads, -1)
+
+
+def _forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' interface of an attention function."""
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    plain = (
+        attention_mask is None
+        and causal
+        and query.device.type == "cpu"
+        and 1 < query.shape[2] == key.shape[2]
+        and not torch.is_grad_enabled()
+        and not dropout
+        and all(kwargs.get(name) is None for name in ("softcap", "position_bias", "cache", "s_aux"))
+    )
+    if plain:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return chunked_causal_attention(query, key, value, scale), None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        **kwargs,
+    )
+
+
+@functools.cache
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def use_chunked_causal(model: Any) -> None:
+    """Have a model that runs on `sdpa` attention use this where it can."""
+    _register()
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) == "sdpa":
+            config._attn_implementation = NAME
