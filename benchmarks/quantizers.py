@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,23 +47,23 @@ _GPTQ = {
     "group_size": GROUP,
     "observer": "mse",
     "desc_act": True,
-    "damp": 0.05,
     "true_sequential": True,
 }
+_REFINED = {"signround": {"iterations": 50, "batch_size": 4}}
+_INT8 = {"gptq": {"scheme": "W8A8", "true_sequential": True}}
 OURS: dict[str, list[dict[str, Any]]] = {
     "rtn": [{"rtn": {"scheme": "W4A16", "group_size": GROUP, "observer": "mse"}}],
     "gptq": [{"gptq": _GPTQ}],
-    "gptq+cd": [{"gptq": _GPTQ}, {"coordinate_descent": {}}],
     "awq+rtn": [
         {"awq": {}},
         {"rtn": {"scheme": "W4A16", "group_size": GROUP, "observer": "output"}},
     ],
     "awq+gptq": [{"awq": {}}, {"gptq": _GPTQ}],
-    "awq+gptq+signround": [
-        {"awq": {}},
-        {"gptq": _GPTQ},
-        {"signround": {"iterations": 50, "batch_size": 4}},
-    ],
+    "rotation+gptq": [{"rotation": {}}, {"gptq": _GPTQ}],
+    "awq+gptq+signround": [{"awq": {}}, {"gptq": _GPTQ}, _REFINED],
+    "rotation+gptq+signround": [{"rotation": {}}, {"gptq": _GPTQ}, _REFINED],
+    "W8A8 smoothquant+gptq": [{"smoothquant": {}}, _INT8],
+    "W8A8 rotation+smoothquant+gptq": [{"rotation": {}}, {"smoothquant": {}}, _INT8],
 }
 PEERS: dict[str, dict[str, Any]] = {
     f"llmcompressor gptq {dtype}": {
@@ -71,6 +72,11 @@ PEERS: dict[str, dict[str, Any]] = {
         "options": {"dtype": dtype, "group_size": GROUP, "symmetric": True, "actorder": "static"},
     }
     for dtype in ("float32", "bfloat16")
+}
+PEERS["W8A8 llmcompressor smoothquant+gptq"] = {
+    "peer": "llmcompressor",
+    "script": "llmcompressor.py",
+    "options": {"dtype": "float32", "scheme": "W8A8"},
 }
 PEERS["gptqmodel gptq"] = {
     "peer": "gptqmodel",
@@ -92,13 +98,20 @@ def quantize_ours(model_dir: Path, tokens_file: Path, output: Path, steps: list[
         quantize_model,
         replaced_tensors,
     )
+    from compressor.quantize.rotation import RotationOptions, rotate_checkpoint
     from compressor.stages import algorithms
 
-    model = CausalLM.open(model_dir)
-    transforms, algorithm, refinements = algorithms(steps, model.config.dtype)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=output.parent) as directory:
-        codes = Path(directory)
+        codes = Path(directory) / "codes"
+        codes.mkdir()
+        if "rotation" in steps[0]:
+            rotated = Path(directory) / "rotated"
+            options = RotationOptions(**steps[0]["rotation"])
+            rotate_checkpoint(CausalLM.open(model_dir), options, rotated)
+            model_dir, steps = rotated, steps[1:]
+        model = CausalLM.open(model_dir)
+        transforms, algorithm, refinements = algorithms(steps, model.config.dtype)
         facts = quantize_model(
             model,
             algorithm,
@@ -193,9 +206,9 @@ def compete(args: argparse.Namespace, scratch: Path) -> None:
             script = Path(__file__).parent / "peers" / peer["script"]
             command = [pythons[peer["peer"]], str(script), json.dumps(peer["options"])]
             contestants[name] = command
-    rows = []
+    rows = kept(args.output, tokens)
     for name, command in contestants.items():
-        if args.only and name not in args.only:
+        if (args.only and name not in args.only) or any(row["name"] == name for row in rows):
             continue
         output = scratch / name.replace(" ", "-")
         where = [str(model_dir), str(scratch / "tokens.npy"), str(output)]
@@ -209,9 +222,24 @@ def compete(args: argparse.Namespace, scratch: Path) -> None:
             scores, hidden = baseline[text]
             quality[text] = summarise(score_variant(variant, w, 4, hidden, head), scores, size)
         size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-        rows.append({"name": name, "size_bytes": size, **facts, "quality": quality})
+        shutil.rmtree(output)
+        facts = {
+            "size_bytes": size,
+            **facts,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        options = OURS.get(name) or PEERS[name]["options"]
+        rows.append({"name": name, "options": options, **facts, "quality": quality})
         write(args, rows, baseline, tokens)
         print(table(rows).splitlines()[-1], flush=True)
+
+
+def kept(output: Path, tokens: np.ndarray) -> list[Any]:
+    """Rows of an earlier run on the same tokens that was interrupted."""
+    path = output / "quantizers.json"
+    facts = json.loads(path.read_text()) if path.is_file() else {}
+    same = facts.get("calibration", {}).get("sha256") == tokens_sha256(tokens)
+    return facts["rows"] if same else []
 
 
 def write(args: argparse.Namespace, rows: list[Any], baseline: Any, tokens: np.ndarray) -> None:
@@ -220,7 +248,7 @@ def write(args: argparse.Namespace, rows: list[Any], baseline: Any, tokens: np.n
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": f"python benchmarks/quantizers.py --samples {args.samples}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+        "machine": f"{processor()}, {os.cpu_count()} cores, no GPU",
         "torch": torch.__version__,
         "calibration": {"shape": list(tokens.shape), "sha256": tokens_sha256(tokens)},
         "baseline_perplexity": {
@@ -233,13 +261,21 @@ def write(args: argparse.Namespace, rows: list[Any], baseline: Any, tokens: np.n
         "# Quantizers side by side",
         "",
         f"`{facts['command']}`, {facts['machine']}, torch {facts['torch']}, {facts['date'][:10]}. "
-        f"Calibration {tokens.shape[0]} x {tokens.shape[1]} tokens, the same for all; W4A16 in "
-        f"groups of {GROUP}, symmetric. Perplexity change against the full-precision model on "
-        "text that was not calibrated with; peak memory seen from outside the process.",
+        f"Calibration {tokens.shape[0]} x {tokens.shape[1]} tokens, the same for all; W4A16 "
+        f"symmetric in groups of {GROUP}, and W8A8 where said. Perplexity "
+        "change against the full-precision model on text that was not calibrated with; peak memory "
+        "seen from outside the process.",
         "",
         table(rows),
     ]
     (args.output / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.machine()
 
 
 def table(rows: list[Any]) -> str:
