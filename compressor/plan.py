@@ -405,7 +405,8 @@ class _Speed:
         disk = int(1.1 * f.parameters) + hidden
         if not tokens:
             return Estimate(5 + f.parameters / 2e7, memory, disk)
-        forward = 2 * 2 * self.block_parameters * tokens
+        one_pass = len(options) == 1 and getattr(options[0], "true_sequential", False)
+        forward = (1 if one_pass else 2) * 2 * self.block_parameters * tokens
         statistics = tokens * (3 * f.hidden**2 + f.intermediate**2)
         solve = 3 * self.block_parameters * f.intermediate
         solve += sum(o.work(self.block_parameters, f.intermediate, length) for o in options)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors import safe_open
 
 from tests import tiny
 
@@ -124,6 +125,37 @@ def test_second_run_does_no_work_and_changed_evaluation_requantizes_nothing(proj
     assert cached["load"] and cached["calibrate"]
     assert all(cached[f"quantize:{v}"] for v in RECIPE["variants"])
     assert not cached["texts"] and not cached["evaluate:int4"]
+
+
+def test_rotated_variants_share_one_rotation_and_are_exported_whole(project: Path) -> None:
+    recipe = json.loads(json.dumps(RECIPE))
+    recipe["variants"] = {
+        "plain": {"quantize": [{"gptq": {"scheme": "W8A8"}}]},
+        "rotated": {"quantize": [{"rotation": {}}, {"gptq": {"scheme": "W8A8"}}]},
+        "smoothed": {
+            "quantize": [{"rotation": {}}, {"smoothquant": {}}, {"gptq": {"scheme": "W8A8"}}]
+        },
+    }
+    write(project, recipe)
+    done = compress(project)
+    assert done.returncode == 0, done.stderr
+    made = report(project)
+    variants = {v["name"]: v for v in made["variants"]}
+    assert all(v["status"] == "ok" for v in variants.values())
+    assert [s["name"] for s in made["stages"] if s["name"].startswith("rotate")] == ["rotate:0"]
+    losses = {name: v["quality"][0]["kl_mean"] for name, v in variants.items()}
+    assert 0 < losses["rotated"] < 3 * losses["plain"]
+    assert 0 < losses["smoothed"] < 3 * losses["plain"]
+    (run,) = (project / "runs" / "recipe").iterdir()
+    made_of = {}
+    for name in ("plain", "rotated"):
+        directory = run / "artifacts" / name / "compressed-tensors"
+        config = json.loads((directory / "config.json").read_text())
+        with safe_open(directory / "model.safetensors", "pt") as file:
+            made_of[name] = config["tie_word_embeddings"], "lm_head.weight" in file.keys()  # noqa: SIM118
+    assert made_of == {"plain": (True, False), "rotated": (False, True)}
+    assert compress(project).returncode == 0
+    assert all(stage["cached"] for stage in report(project)["stages"])
 
 
 @pytest.mark.parametrize("block", [1, 3])

@@ -47,9 +47,10 @@ class GPTQOptions(SchemeOptions):
         "layer, where the Cholesky factorisation fails.",
     )
     true_sequential: bool = Field(
-        False,
+        True,
         description="Take the statistics of each group of linears in a block with those before it "
-        "quantized already: one more forward pass per group.",
+        "quantized already. Costs memory for the batches that wait, or, where that lacks, one more "
+        "forward pass per group.",
     )
 
     @property

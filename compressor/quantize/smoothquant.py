@@ -4,7 +4,8 @@ Xiao, Lin, Seznec, Wu, Demouth, Han: "SmoothQuant: Accurate and Efficient Post-T
 for Large Language Models", arXiv 2211.10438. Input channel j of a linear is divided by
 s_j = max|x_j|^a / max|w_j|^(1-a), and column j of the weight multiplied by it (equation 4). The
 division goes into the layer before, so serving costs nothing. The strength a is searched per input:
-the one with the least output error after rounding both sides wins, 0 being no smoothing.
+the one with the least output error after rounding both sides wins, 0 being no smoothing. From there
+the scales are learned one by one (`learned_scales`), and kept where that is better still.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from compressor.quantize.registry import AlgorithmOptions, register
 from compressor.quantize.statistics import InputStatistics
 
 _SEARCHED = (0.4, 0.5, 0.6, 0.7, 0.8)
+_ITERATIONS = 150
+_LEARNING_RATE = 0.05
+_PARTS = 4  # of the rows, of which each iteration sees one
+_WEIGHT_ROWS = 512  # of a weight whose largest entries are looked at
 
 
 class SmoothQuantOptions(AlgorithmOptions):
@@ -30,7 +35,7 @@ class SmoothQuantOptions(AlgorithmOptions):
     strength: float | Literal["auto"] = Field(
         "auto",
         description="How much of the difficulty moves into the weights, 0 to 1; auto searches it "
-        "for every input.",
+        "for every input and then learns each channel's scale.",
     )
 
 
@@ -71,7 +76,65 @@ class SmoothQuant:
             error = _rounding_error(weights, rows, absmax, trial, scheme)
             if error < least:
                 best, least = trial, error
-        return best
+        learned = learned_scales(weights, rows, absmax, best, scheme)
+        error = _rounding_error(weights, rows, absmax, learned, scheme)
+        return learned if error < least else best
+
+
+def learned_scales(
+    weights: Sequence[torch.Tensor],
+    rows: torch.Tensor,
+    absmax: torch.Tensor,
+    start: torch.Tensor,
+    scheme: Scheme,
+) -> torch.Tensor:
+    """Channel scales with the least expected error of the output, float32 [in].
+
+    Rounding with step d makes an error of variance d^2 / 12. With the inputs' steps max_j|x_j|/s_j
+    and the weights' steps max_j|w_j|s_j, the expected relative error of the output y = W x,
+
+        (mean_t dx_t^2 sum_j s_j^2 |w_j|^2 + sum_i dw_i^2 sum_j mean(x_j^2) / s_j^2) / 12 |y|^2,
+
+    summed over the linears, is a sum of maxima of monomials of s, hence convex in log s (a
+    geometric program: Boyd, Kim, Vandenberghe, Hassibi, "A tutorial on geometric programming",
+    2007). Adam in log s finds it.
+
+    Args:
+        weights: float32 [out, in] of every linear that reads this input.
+        rows: float32 [n, in] some inputs.
+        absmax: float32 [in] largest magnitude of each channel, for static activations.
+        start: float32 [in] where to begin.
+        scheme: how weights and activations will be rounded.
+    """
+    steps = 2.0**scheme.weights.num_bits - 1
+    groups = scheme.weights.groups(rows.shape[1])
+    inputs = rows.abs() if scheme.input_activations != STATIC else absmax.unsqueeze(0)
+    moment = rows.square().mean(0)
+    terms = []
+    for weight in weights:
+        energy = (rows @ weight.T).square().mean(0).sum().clamp_min(1e-30)
+        some = weight[:: max(len(weight) // _WEIGHT_ROWS, 1)].abs()
+        grouped = some.unflatten(1, (groups, -1))
+        terms.append((weight.square().sum(0) / energy, grouped, len(weight) / len(some) / energy))
+    log_scale = start.log().requires_grad_(True)
+    optimizer = torch.optim.Adam([log_scale], lr=_LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _ITERATIONS)
+    with torch.enable_grad():
+        for iteration in range(_ITERATIONS):
+            scale = log_scale.exp()
+            part = inputs[iteration % _PARTS :: _PARTS] if len(inputs) >= _PARTS else inputs
+            squared_step = (part / scale).amax(1).square().mean() / INT8_MAX**2
+            error = scale.new_zeros(())
+            for columns, grouped, share in terms:
+                error = error + squared_step * (scale.square() * columns).sum()
+                highest = (grouped * scale.unflatten(0, (groups, -1))).amax(2).square().sum(0)
+                noise = (moment / scale.square()).unflatten(0, (groups, -1)).sum(1)
+                error = error + share * (2 / steps) ** 2 * (highest * noise).sum()
+            optimizer.zero_grad()
+            error.log().backward()
+            optimizer.step()
+            schedule.step()
+    return log_scale.detach().exp()
 
 
 def channel_scales(absmax: torch.Tensor, largest: torch.Tensor, strength: float) -> torch.Tensor:

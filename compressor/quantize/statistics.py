@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 
 _LEAF = 256
-_ROWS_PER_UPDATE = 32
-_MAX_ROWS = 256
+_ROWS_PER_UPDATE = 64
+_MAX_ROWS = 1024
 
 
 class InputStatistics:
@@ -40,7 +40,7 @@ class InputStatistics:
 
     @property
     def rows(self) -> torch.Tensor:
-        """Some of the inputs, float32 [n, in], n at most 256, spread evenly over each batch."""
+        """Some of the inputs, float32 [n, in], n at most 1024, spread evenly over each batch."""
         return self._divided(torch.cat(self._rows)[:_MAX_ROWS])
 
     @property

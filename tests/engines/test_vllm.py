@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen3MoeConfig
 
 from compressor.doctor import vllm_python
 from compressor.errors import RunError
@@ -64,6 +68,66 @@ def test_served_int4_agrees_with_our_own_model(
 def test_int8_loads_and_answers(python: Path, artifacts: Path, tmp_path: Path) -> None:
     result = check(python, artifacts / "int8" / "compressed-tensors", tmp_path, least=0)
     assert result["loads"] and len(result["example"].split()) > 3
+
+
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("layout", ["mixtral", "qwen3_moe"])
+def test_mixture_of_experts_is_served(
+    python: Path, artifacts: Path, tmp_path: Path, layout: str
+) -> None:
+    """Random weights behind the real tokenizer: every expert quantized, and found by vLLM."""
+    model = random_experts(layout, artifacts / "baseline" / "compressed-tensors")
+    model.save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(artifacts / "baseline" / "compressed-tensors" / name, tmp_path / "model")
+    gptq = {"scheme": "W4A16", "group_size": 64}
+    recipe = {
+        "version": 1,
+        "model": {"source": "model"},
+        "calibration": {"source": "builtin:calibration", "samples": 8, "length": 128},
+        "variants": {"int4": {"quantize": [{"gptq": gptq}]}},
+    }
+    (tmp_path / "experts.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "compressor", "run", "experts.yaml"]
+    subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, check=True)
+    (run,) = (tmp_path / "runs" / "experts").iterdir()
+    report = json.loads((run / "report" / "report.json").read_text())
+    (variant,) = [v for v in report["variants"] if v["name"] == "int4"]
+    experts = [x for x in variant["quantization"]["layers"] if ".experts." in x["name"]]
+    assert (
+        len(experts) == 3 * model.config.num_hidden_layers * {"mixtral": 4, "qwen3_moe": 8}[layout]
+    )
+    result = check(python, run / "artifacts" / "int4" / "compressed-tensors", tmp_path, least=15)
+    assert result["loads"] and result["agree"] >= 15
+
+
+def random_experts(layout: str, tokenizer: Path) -> PreTrainedModel:
+    """A small mixture of experts in bfloat16."""
+    vocabulary = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
+    common: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.1,
+        "dtype": "bfloat16",
+    }
+    if layout == "mixtral":
+        config: Any = MixtralConfig(intermediate_size=512, num_local_experts=4, **common)
+    else:
+        config = Qwen3MoeConfig(
+            moe_intermediate_size=256,
+            intermediate_size=512,
+            num_experts=8,
+            head_dim=64,
+            norm_topk_prob=True,
+            **common,
+        )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def check(python: Path, directory: Path, tmp_path: Path, least: int) -> dict:
