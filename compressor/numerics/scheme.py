@@ -78,7 +78,7 @@ class Scheme:
         symmetric: bool = True,
         static_activations: bool = False,
     ) -> Scheme:
-        """From a name W{2,3,4,8}A{16,8}.
+        """From a name W{2..8}A{16,8}.
 
         Args:
             name: such as ``W8A8`` or ``W4A16``.
@@ -92,9 +92,9 @@ class Scheme:
             ValueError: the name is not of that form, the group size is not positive, or 16-bit
                 activations are to be static.
         """
-        match = re.fullmatch(r"W([2348])A(16|8)", name)
+        match = re.fullmatch(r"W([2-8])A(16|8)", name)
         if not match:
-            raise ValueError(f"unknown scheme {name!r}: write W{{2,3,4,8}}A{{16,8}}, such as W4A16")
+            raise ValueError(f"unknown scheme {name!r}: write W{{2..8}}A{{16,8}}, such as W4A16")
         bits, activation_bits = int(match[1]), int(match[2])
         if group_size is None and bits < 8:
             group_size = DEFAULT_GROUP_SIZE

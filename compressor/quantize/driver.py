@@ -45,7 +45,7 @@ from compressor.models.folding import Producer, find_producers
 from compressor.numerics.kernels import INT8_MAX
 from compressor.numerics.memory import keep_freed_pages
 from compressor.numerics.quantized import QuantizedTensor
-from compressor.numerics.scheme import STATIC, Scheme
+from compressor.numerics.scheme import STATIC, ActivationScheme, Scheme
 from compressor.quantize.registry import (
     Algorithm,
     BlockRefinement,
@@ -53,7 +53,7 @@ from compressor.quantize.registry import (
     Transform,
     WeightResult,
 )
-from compressor.quantize.statistics import InputStatistics
+from compressor.quantize.statistics import InputStatistics, fit_to_rounded_inputs
 from compressor.quantize.suspended import run_suspended
 
 CHECKPOINT_SECONDS = float(os.environ.get("COMPRESSOR_CHECKPOINT_SECONDS", "20"))
@@ -61,6 +61,7 @@ LAYERS = "layers.jsonl"
 _RESUME = "resume.safetensors"
 _KEPT_STREAMS = 8  # activations of the block's width that a waiting batch keeps alive, at most
 _KEPT_SHARE = 0.4  # of the free memory that waiting batches may take
+_TRANSFORM_TOKENS = 16384
 FEW_TOKENS = 0.25  # inputs per column that a layer's statistics need to be used
 FOLD_TOLERANCE = 1e-3  # relative change of a block's output that rounding alone explains
 
@@ -258,7 +259,9 @@ class _Walk:
         left = [r for r in model.linears(index) if is_ignored(r.name, self.ignore)]
         sequential = self.needs_statistics and self._is_sequential(targets)
         statistics: dict[str, InputStatistics] = {}
-        if self.transforms or (self.needs_statistics and not sequential):
+        if sequential and self.transforms:
+            statistics = self._collect(index, targets, samples=self._enough())
+        elif self.needs_statistics and not sequential:
             statistics = self._collect(index, targets)
         if self.original is not None:
             self._forward(index, self.original)
@@ -277,7 +280,7 @@ class _Walk:
         else:
             for group, refs in _by_input(targets).items():
                 if sequential:
-                    statistics = self._collect(index, refs)
+                    statistics = self._collect(index, refs, last=True)
                 solve(refs, statistics.pop(group, None))
         loss = self._refine_block(index, targets, results)
         if self.needs_statistics and not last and not ready:
@@ -323,10 +326,20 @@ class _Walk:
         _save_synced(tensors, self.directory / _RESUME, {"block": str(index + 1)})
         self.saved = time.monotonic()
 
-    def _parts(self) -> Iterator[slice]:
+    def _parts(self, samples: int | None = None) -> Iterator[slice]:
         assert self.hidden is not None
-        for start in range(0, len(self.hidden), self.batch):
+        for start in range(0, samples or len(self.hidden), self.batch):
             yield slice(start, start + self.batch)
+
+    def _enough(self) -> int | None:
+        """Samples that transforms look at where the quantizer takes statistics of its own: they
+        choose one number a channel. All (None) for experts, of which each sees a few tokens."""
+        assert self.hidden is not None
+        modules = (module for block in self.model.blocks for module in block.modules())
+        if any(isinstance(module, UnfusedExperts) for module in modules):
+            return None
+        samples = -(-_TRANSFORM_TOKENS // self.hidden.shape[1])
+        return min(len(self.hidden), -(-samples // self.batch) * self.batch)
 
     def _is_sequential(self, targets: list[LinearRef]) -> bool:
         return any(
@@ -383,14 +396,22 @@ class _Walk:
         return self.model.run_block(index, hidden.to(self.device), self.inputs[len(hidden)])
 
     @torch.no_grad()
-    def _collect(self, index: int, targets: list[LinearRef]) -> dict[str, InputStatistics]:
-        """Run the block over the calibration set; one statistic for each distinct input."""
+    def _collect(
+        self,
+        index: int,
+        targets: list[LinearRef],
+        *,
+        last: bool = False,
+        samples: int | None = None,
+    ) -> dict[str, InputStatistics]:
+        """Run the block over the calibration set, or its first ``samples``; one statistic for each
+        distinct input."""
         assert self.hidden is not None
         found: dict[str, InputStatistics] = {}
         fired: set[str] = set()
         handles = []
         for group, refs in _by_input(targets).items():
-            found[group] = self._statistics(refs)
+            found[group] = self._statistics(refs, last)
 
             def hook(_: torch.nn.Module, args: tuple, group: str = group) -> None:
                 fired.add(group)
@@ -400,7 +421,7 @@ class _Walk:
 
             handles.append(refs[0].module.register_forward_pre_hook(hook))
         with self._working(index), self._every_expert(index):
-            for part in self._parts():
+            for part in self._parts(samples):
                 fired.clear()
                 with contextlib.suppress(_AllSeen):
                     self._run(index, self.hidden[part])
@@ -420,7 +441,7 @@ class _Walk:
         assert self.hidden is not None
         hidden = self.hidden
         groups = _by_input(targets)
-        found = {group: self._statistics(refs) for group, refs in groups.items()}
+        found = {group: self._statistics(refs, last=True) for group, refs in groups.items()}
 
         def run(part: slice) -> None:
             out = self._run(index, hidden[part])
@@ -435,8 +456,16 @@ class _Walk:
                 lambda group: solve(groups[group], found.pop(group)),
             )
 
-    def _statistics(self, refs: list[LinearRef]) -> InputStatistics:
-        return InputStatistics(refs[0].module.in_features, self.device, self.channels)
+    def _statistics(self, refs: list[LinearRef], last: bool = False) -> InputStatistics:
+        """Of the input of linears; ``last`` where no transform will change it any more."""
+        algorithms = [self._algorithm(ref) for ref in refs]
+        rounded = last and all(
+            getattr(one.options, "fit_inputs", False)
+            and one.scheme.input_activations == ActivationScheme()
+            for one in algorithms
+        )
+        width = refs[0].module.in_features
+        return InputStatistics(width, self.device, self.channels, rounded)
 
     @contextlib.contextmanager
     def _every_expert(self, index: int) -> Iterator[None]:
@@ -501,12 +530,12 @@ class _Walk:
     ) -> dict[str, WeightResult]:
         """Quantize linears that read the same input, and put the result in place."""
         width = refs[0].module.in_features
-        hessian = None
+        hessian = drift = None
         if self.needs_statistics:
             # Of an expert that hardly any token reached too little is known: with the identity for
             # H every algorithm does what round-to-nearest does.
             if seen is not None and not _undersampled(seen.tokens, width):
-                hessian = seen.hessian
+                hessian, drift = seen.hessian, seen.drift
             else:
                 hessian = torch.eye(width, device=self.device)
         parts: dict[int, list[LinearRef]] = {}
@@ -516,6 +545,9 @@ class _Walk:
         for part in parts.values():
             algorithm = self._algorithm(part[0])
             weights = [self._weight(ref) for ref in part]
+            if drift is not None:
+                assert hessian is not None
+                weights = fit_to_rounded_inputs(weights, hessian, drift, algorithm.options.damp)
             try:
                 found = algorithm.quantize_all(weights, hessian)
                 for refinement in self.layer_refinements:

@@ -46,6 +46,12 @@ class GPTQOptions(SchemeOptions):
         description="Share of the mean diagonal added to the Hessian; grown tenfold, layer by "
         "layer, where the Cholesky factorisation fails.",
     )
+    fit_inputs: bool = Field(
+        True,
+        description="With int8 activations that are rounded per token: fit the weights to the "
+        "rounded inputs that they will meet, by least squares, before they are rounded themselves. "
+        "Only with true_sequential.",
+    )
     true_sequential: bool = Field(
         True,
         description="Take the statistics of each group of linears in a block with those before it "

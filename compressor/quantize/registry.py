@@ -68,7 +68,7 @@ class SchemeOptions(AlgorithmOptions):
     """Options that every weight quantizer has."""
 
     scheme: str = Field(
-        "W4A16", description="Bits of weights and activations: W{2,3,4,8}A{16,8}, such as W4A16."
+        "W4A16", description="Bits of weights and activations: W{2..8}A{16,8}, such as W4A16."
     )
     group_size: int | None = Field(
         None,

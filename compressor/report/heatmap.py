@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from compressor.report.plots import STYLE, Plot, render
 
-_BITS = (2, 3, 4, 8)
+_BITS = tuple(range(2, 9))
 _PLACE = re.compile(r"\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
