@@ -11,10 +11,12 @@ kept in float32.
 
 Output, format-neutral and readable block by block:
 
-    block-00000.safetensors   {linear}.codes int8 [out, in], .scale float32 [out, groups],
+    block-00000.safetensors   {linear}.codes int8 or float8_e4m3fn [out, in],
+                              .scale float32 [out, groups],
                               .zero_point int8 [out, groups], .g_idx int32 [in] and
                               .input_scale float32 [1] where used;
-                              {parameter}.replaced: unquantized tensors that a transform changed
+                              {parameter}.replaced: unquantized tensors that a transform changed;
+                              {attention}.k_scale, .v_scale float32 [1]: of a low-bit cache
     layers.jsonl              one line per linear: scheme, error, RTN's error, fallback
 """
 
@@ -42,10 +44,10 @@ from compressor.errors import RunError
 from compressor.models.architecture import BlockInputs, CausalLM, LinearRef
 from compressor.models.experts import UnfusedExperts
 from compressor.models.folding import Producer, find_producers
-from compressor.numerics.kernels import INT8_MAX
+from compressor.models.kv_cache import KEY, VALUE, CacheObserver, check_attention, no_cache
 from compressor.numerics.memory import keep_freed_pages
 from compressor.numerics.quantized import QuantizedTensor
-from compressor.numerics.scheme import STATIC, ActivationScheme, Scheme
+from compressor.numerics.scheme import ActivationScheme, Scheme
 from compressor.quantize.registry import (
     Algorithm,
     BlockRefinement,
@@ -82,6 +84,7 @@ def quantize_model(
     exceptions: Mapping[str, Algorithm] | None = None,
     tokens: np.ndarray | None = None,
     ignore: Sequence[str] = (),
+    kv_cache: ActivationScheme | None = None,
     batch_size: int = 8,
     all_experts: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -97,8 +100,11 @@ def quantize_model(
         transforms: applied to each block before the algorithm, in this order.
         refinements: applied to what the algorithm made of the block, in this order.
         exceptions: algorithms of linears that another than ``algorithm`` quantizes, by name.
-        tokens: int32 [samples, length], needed when the algorithm or a transform has statistics.
+        tokens: int32 [samples, length], needed when the algorithm or a transform has statistics,
+            and for ``kv_cache``.
         ignore: names or regular expressions of linears to leave as they are.
+        kv_cache: static scheme of cached keys and values, whose scales are found from what the
+            quantized blocks' attention is given.
         batch_size: samples per forward; lowered to a divisor of the number of samples.
         all_experts: while statistics are taken, run every token through every expert.
         dtype: what blocks run in; see `calibration_dtype`.
@@ -109,7 +115,8 @@ def quantize_model(
         seconds, tokens, coverage (parameters quantized, linears skipped and why), resumed_at.
 
     Raises:
-        RunError: no linear is left to quantize, or a layer's weights cannot take the scheme.
+        RunError: no linear is left to quantize, a layer's weights cannot take the scheme, or the
+            architecture's cache cannot be quantized.
     """
     started = time.perf_counter()
     keep_freed_pages()
@@ -121,10 +128,12 @@ def quantize_model(
     ] + [{"name": name, "reason": reason} for name, reason in model.outside_linears()]
     walk = _Walk(
         model, algorithm, exceptions or {}, transforms, refinements, directory, ignore,
-        all_experts, dtype, device,
+        kv_cache, all_experts, dtype, device,
     )  # fmt: skip
+    if kv_cache is not None:
+        check_attention(model)
     first = walk.resume_point()
-    if walk.needs_statistics:
+    if walk.follows_tokens:
         if tokens is None:
             raise RunError("this algorithm needs calibration tokens", fix="add `calibration:`")
         walk.start(tokens, batch_size, first)
@@ -146,8 +155,8 @@ def quantize_model(
     (directory / _RESUME).unlink(missing_ok=True)
     return {
         "seconds": time.perf_counter() - started,
-        "tokens": int(tokens.size) if tokens is not None and walk.needs_statistics else 0,
-        "calibration_dtype": str(dtype).removeprefix("torch.") if walk.needs_statistics else None,
+        "tokens": int(tokens.size) if tokens is not None and walk.follows_tokens else 0,
+        "calibration_dtype": str(dtype).removeprefix("torch.") if walk.follows_tokens else None,
         "resumed_at_block": first,
         "scheme": algorithm.scheme.to_dict(),
         "coverage": {
@@ -175,6 +184,7 @@ class _Walk:
         refinements: Sequence[LayerRefinement | BlockRefinement],
         directory: Path,
         ignore: Sequence[str],
+        kv_cache: ActivationScheme | None,
         all_experts: bool,
         dtype: torch.dtype,
         device: str,
@@ -188,15 +198,16 @@ class _Walk:
         self.needs_statistics = bool(
             algorithm.options.needs_calibration or transforms or refinements
         )
+        self.follows_tokens = self.needs_statistics or kv_cache is not None
         self.follows_original = bool(self.block_refinements)
+        self.kv_cache = kv_cache
         self.directory = directory
         self.ignore = ignore
         self.all_experts = all_experts
         self.dtype = dtype
         self.device = device
         self.channels = bool(transforms) or any(
-            one.scheme.input_activations == STATIC
-            for one in (algorithm, *(exceptions or {}).values())
+            one.scheme.static_activations for one in (algorithm, *(exceptions or {}).values())
         )
         self.masters: dict[int, torch.Tensor] = {}  # float32 weights of the block, by parameter
         # [samples, length, hidden]: what the quantized blocks so far make of the calibration
@@ -212,7 +223,7 @@ class _Walk:
         done = 0
         while _block_file(self.directory, done).exists():
             done += 1
-        if self.needs_statistics:
+        if self.follows_tokens:
             # Blocks can only follow from activations: go back to the last ones that were saved.
             path = self.directory / _RESUME
             saved = 0
@@ -274,17 +285,20 @@ class _Walk:
             seen.update({ref.name: found.tokens if found else None for ref in refs})
 
         ready = False  # whether self.hidden is the next block's input already
+        cache = CacheObserver()
         if sequential and self._suspended_fits(targets):
-            self._solve_suspended(index, targets, solve)
             ready = not self.block_refinements
+            with self._watching(cache, index, wanted=ready):
+                self._solve_suspended(index, targets, solve)
         else:
             for group, refs in _by_input(targets).items():
                 if sequential:
                     statistics = self._collect(index, refs, last=True)
                 solve(refs, statistics.pop(group, None))
         loss = self._refine_block(index, targets, results)
-        if self.needs_statistics and not last and not ready:
-            self._forward(index, self.hidden)
+        if not ready and (self.kv_cache is not None or (self.needs_statistics and not last)):
+            with self._watching(cache, index):
+                self._forward(index, self.hidden)
         records: list[dict[str, Any]] = [
             {"block": index, "name": r.name, "reason": "ignored by the recipe"} for r in left
         ]
@@ -306,6 +320,11 @@ class _Walk:
                 }
             )
         tensors = {f"{key}.replaced": value for key, value in replaced.items()}
+        if self.kv_cache is not None:
+            scales = cache.scales(self.kv_cache)
+            if not scales:
+                raise no_cache(model, "does not give its keys and values to attention")
+            tensors |= scales
         for name, result in results.items():
             tensors |= _flatten(name, result.tensor)
         model.unload_block(index)
@@ -315,6 +334,15 @@ class _Walk:
         gc.collect()
         errors = [r["error"] for r in records if "error" in r]
         return f"block {index}: worst relative error {max(errors, default=0.0):.2e}"
+
+    @contextlib.contextmanager
+    def _watching(self, cache: CacheObserver, index: int, wanted: bool = True) -> Iterator[None]:
+        """Where a cache is to be quantized, look at the keys and values of the finished block."""
+        if self.kv_cache is None or not wanted:
+            yield
+            return
+        with cache.watch(self.model, index):
+            yield
 
     def _checkpoint(self, index: int) -> None:
         """Now and then, save what the next block needs."""
@@ -562,9 +590,11 @@ class _Walk:
                     fix="choose another group_size, or name the layer under `ignore`",
                 ) from error
             for ref, result in zip(part, found, strict=True):
-                if algorithm.scheme.input_activations == STATIC:
+                activations = algorithm.scheme.input_activations
+                if activations is not None and not activations.dynamic:
                     largest = seen.absmax.amax() if seen else torch.zeros(())
-                    result.tensor.input_scale = largest.clamp_min(1e-8).view(1).float() / INT8_MAX
+                    scale = largest.clamp_min(1e-8).view(1).float() / activations.maximum
+                    result.tensor.input_scale = scale
                 if not self.block_refinements:
                     result.rounded = None  # large, and read by nothing from here on
                 self._place(ref, result.tensor)
@@ -701,6 +731,17 @@ def replaced_tensors(directory: Path) -> dict[str, torch.Tensor]:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 if key.endswith(".replaced"):
                     found[key.removesuffix(".replaced")] = file.get_tensor(key).clone()
+    return found
+
+
+def kv_scales(directory: Path) -> dict[str, torch.Tensor]:
+    """Scales of cached keys and values, float32 [1], by name in the checkpoint; may be empty."""
+    found = {}
+    for path in sorted(directory.glob("block-*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                if key.endswith((KEY, VALUE)):
+                    found[key] = file.get_tensor(key).clone()
     return found
 
 

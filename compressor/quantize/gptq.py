@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from compressor.numerics import grid
-from compressor.numerics.quantized import QuantizedTensor
+from compressor.numerics.quantized import CODE_DTYPE, QuantizedTensor
 from compressor.numerics.scheme import Scheme
 from compressor.quantize.registry import SchemeOptions, WeightResult, register, relative_error
 from compressor.quantize.rtn import RTN
@@ -203,7 +203,7 @@ class GPTQ:
             rounded[start:stop] = block
             if stop < columns:
                 left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-        result, was = codes.T.to(torch.int8), rounded.T
+        result, was = codes.T, rounded.T
         g_idx = None
         if order is not None:
             unsorted = torch.empty_like(order)
@@ -212,7 +212,8 @@ class GPTQ:
             if not fixed:
                 g_idx = (unsorted // width).to(torch.int32)
         offsets = None if zero is None else zero.to(torch.int8)
-        tensor = QuantizedTensor(result.contiguous(), scale, offsets, g_idx, scheme)
+        result = result.contiguous().to(CODE_DTYPE[scheme.type])
+        tensor = QuantizedTensor(result, scale, offsets, g_idx, scheme)
         return tensor, was.contiguous()
 
     def _fit(
