@@ -120,8 +120,9 @@ def test_export_is_complete_and_deterministic(tmp_path: Path) -> None:
     assert (again / "SHA256SUMS").read_text() == (artifact / "SHA256SUMS").read_text()
 
 
-def test_several_schemes_in_one_checkpoint(tmp_path: Path) -> None:
-    """Packed 4-bit, packed 8-bit and int8 layers side by side, by name."""
+@pytest.mark.parametrize("eight", ["W8A8", "FP8"])
+def test_several_schemes_in_one_checkpoint(tmp_path: Path, eight: str) -> None:
+    """Packed 4-bit, packed 8-bit and int8 or fp8 layers side by side, by name."""
     source = tmp_path / "model"
     tiny.build("llama", source)
     cls = registry.get("rtn")
@@ -132,13 +133,15 @@ def test_several_schemes_in_one_checkpoint(tmp_path: Path) -> None:
     model = CausalLM.open(source)
     names = [ref.name for ref in model.linears(0)]
     exceptions = {name: made("W8A16") for name in names if "mlp" in name}
-    exceptions |= {name: made("W8A8") for name in names if name.endswith("o_proj")}
+    exceptions |= {name: made(eight) for name in names if name.endswith("o_proj")}
     facts = quantize_model(model, made("W4A16"), tmp_path / "codes", exceptions=exceptions)
     ignore = [entry["name"] for entry in facts["coverage"]["skipped"]]
     ct.export(source, iterate_quantized(tmp_path / "codes"), ignore, {}, tmp_path / "artifact")
     config = json.loads((tmp_path / "artifact" / "config.json").read_text())
     found = config["quantization_config"]
     assert found["format"] == "mixed-precision" and len(found["config_groups"]) == 3
+    formats = {group["format"] for group in found["config_groups"].values()}
+    assert formats == {"pack-quantized", "float-quantized" if eight == "FP8" else "int-quantized"}
     ids = torch.arange(5, 25).unsqueeze(0)
     with torch.no_grad():
         whole = CausalLM.open(source).load_full(torch.float32)(ids).logits
