@@ -351,25 +351,36 @@ class _Walk:
         norm give it; returns a note for the progress line."""
         assert self.head is not None and self.head_algorithm is not None
         ref, width = self.head, self.head.module.in_features
+        algorithm = self.head_algorithm
         hessian: torch.Tensor | None = None
+        drift: torch.Tensor | None = None
         seen: int | None = None
         if self.needs_statistics:
             assert self.hidden is not None
-            statistics = InputStatistics(width, self.device, channels=False)
+            statistics = InputStatistics(width, self.device, False, _fits_inputs(algorithm))
             for part in self._parts():
                 hidden = self.hidden[part].to(self.device)
                 statistics.update(self.model.head_input(hidden, self.ids[part]))
             seen = statistics.tokens
-            enough = not _undersampled(seen, width)
-            hessian = statistics.hessian if enough else torch.eye(width, device=self.device)
+            if _undersampled(seen, width):
+                hessian = torch.eye(width, device=self.device)
+            else:
+                hessian, drift = statistics.hessian, statistics.drift
             self.model.unload_outside()
+
+        def prepare(weight: torch.Tensor) -> torch.Tensor:
+            if hessian is None or drift is None:
+                return weight
+            return fit_to_rounded_inputs([weight], hessian, drift, algorithm.options.damp)[0]
+
         try:
             result = quantize_rows(
                 self.model.checkpoint.tensor(self.model.head_key()),
                 hessian,
-                self.head_algorithm,
+                algorithm,
                 self.layer_refinements,
                 self.device,
+                prepare,
             )
         except ValueError as error:
             raise RunError(
@@ -378,7 +389,7 @@ class _Walk:
         record = {
             "block": len(self.model.blocks),
             "name": ref.name,
-            "scheme": self.head_algorithm.scheme.to_dict(),
+            "scheme": algorithm.scheme.to_dict(),
             "parameters": ref.module.weight.numel(),
             "tokens": seen,
             "undersampled": _undersampled(seen, width),
@@ -533,12 +544,7 @@ class _Walk:
 
     def _statistics(self, refs: list[LinearRef], last: bool = False) -> InputStatistics:
         """Of the input of linears; ``last`` where no transform will change it any more."""
-        algorithms = [self._algorithm(ref) for ref in refs]
-        rounded = last and all(
-            getattr(one.options, "fit_inputs", False)
-            and one.scheme.input_activations == ActivationScheme()
-            for one in algorithms
-        )
+        rounded = last and all(_fits_inputs(self._algorithm(ref)) for ref in refs)
         width = refs[0].module.in_features
         return InputStatistics(width, self.device, self.channels, rounded)
 
@@ -680,6 +686,13 @@ class _Walk:
         with self._working(index):
             for part in self._parts():
                 activations[part] = self._run(index, activations[part]).cpu()
+
+
+def _fits_inputs(algorithm: Algorithm) -> bool:
+    """Whether weights are fitted to the rounded inputs that they will be multiplied with."""
+    options = algorithm.options
+    wanted = getattr(options, "fit_inputs", False) and getattr(options, "true_sequential", False)
+    return wanted and algorithm.scheme.input_activations == ActivationScheme()
 
 
 def _head(model: CausalLM, algorithm: Algorithm) -> LinearRef:

@@ -7,7 +7,7 @@ back to round-to-nearest for each part by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -24,6 +24,7 @@ def quantize_rows(
     algorithm: Algorithm,
     refinements: Sequence[LayerRefinement] = (),
     device: str | torch.device = "cpu",
+    prepare: Callable[[torch.Tensor], torch.Tensor] = lambda part: part,
 ) -> WeightResult:
     """Quantize a tall weight by ``algorithm`` and ``refinements``, part by part.
 
@@ -33,6 +34,7 @@ def quantize_rows(
         algorithm: turns each part into codes.
         refinements: applied to each part after that, in this order; they need the Hessian.
         device: where parts are solved; the result is on the CPU.
+        prepare: applied to each float32 part before anything else; works row by row.
 
     Returns:
         the whole weight's codes and errors, without ``rounded``. ``fallback`` says that some part
@@ -43,10 +45,10 @@ def quantize_rows(
     """
     columns = weight.shape[1]
     rows = max(PART_ELEMENTS // columns, _LEAST_ROWS * columns, 1)
-    parts, sizes = _solve(weight, hessian, algorithm, refinements, device, rows)
+    parts, sizes = _solve(weight, hessian, algorithm, refinements, device, prepare, rows)
     if len({part.tensor.g_idx is None for part in parts}) > 1:
         # Some parts fell back to contiguous groups and others did not: one order is for all rows.
-        parts, sizes = _solve(weight, hessian, algorithm, refinements, device, len(weight))
+        parts, sizes = _solve(weight, hessian, algorithm, refinements, device, prepare, len(weight))
     total = max(sum(sizes), 1e-30)
     return WeightResult(
         _join([part.tensor for part in parts]),
@@ -63,12 +65,13 @@ def _solve(
     algorithm: Algorithm,
     refinements: Sequence[LayerRefinement],
     device: str | torch.device,
+    prepare: Callable[[torch.Tensor], torch.Tensor],
     rows: int,
 ) -> tuple[list[WeightResult], list[float]]:
     """Results of each part of ``rows`` rows, and the size of its output, tr(W H W^T)."""
     parts, sizes = [], []
     for some in weight.split(rows):
-        part = some.to(device, torch.float32)
+        part = prepare(some.to(device, torch.float32))
         (result,) = algorithm.quantize_all([part], hessian)
         for refinement in refinements:
             assert hessian is not None
