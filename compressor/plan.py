@@ -279,7 +279,7 @@ class _Builder:
                     tokens,
                     length,
                     [step.options for step in variant.quantize],
-                    kinds=[registry.get(step.algorithm).kind for step in variant.quantize],
+                    roles=[_role(step.algorithm) for step in variant.quantize],
                     batch_size=recipe.calibration.batch_size if recipe.calibration else 1,
                     dtype=_calibration_dtype(recipe, self.facts),
                 ),
@@ -433,7 +433,7 @@ class _Speed:
         tokens: int,
         length: int,
         options: Sequence[Any],
-        kinds: Sequence[str] = ("weights",),
+        roles: Sequence[str] = ("weights",),
         batch_size: int = 8,
         dtype: str = "float32",
     ) -> Estimate:
@@ -443,32 +443,43 @@ class _Speed:
             tokens: of the calibration set; 0 where no step looks at it.
             length: tokens per sample.
             options: of every step.
-            kinds: of every step, as `registry.KINDS` names them.
+            roles: of every step; see `_role`.
             batch_size: samples per forward pass.
             dtype: what blocks run in.
         """
-        memory = self.quantize_memory(tokens, length, options, kinds, batch_size, dtype)
+        memory = self.quantize_memory(tokens, length, options, roles, batch_size, dtype)
         waiting = memory.pop("waiting")
-        least = sum(memory.values())
+        least = sum(memory.values())  # in one pass for each group of linears no batch waits
+        seconds = self.quantize_seconds(tokens, length, options, roles, dtype, waiting > 0)
         return Estimate(
-            sum(self.quantize_seconds(tokens, length, options, kinds, dtype).values()),
+            sum(seconds.values()),
             least + waiting,
             int(1.1 * self.facts.parameters) + memory["activations"],
             least,
         )
 
     def quantize_seconds(
-        self, tokens: int, length: int, options: Sequence[Any], kinds: Sequence[str], dtype: str
+        self,
+        tokens: int,
+        length: int,
+        options: Sequence[Any],
+        roles: Sequence[str],
+        dtype: str,
+        one_pass: bool,
     ) -> dict[str, float]:
-        """Seconds by part, over all blocks. See `driver._Walk.block` for the passes."""
+        """Seconds by part, over all blocks. See `driver._Walk.block` for the passes; ``one_pass``
+        says whether batches wait at each linear, where statistics are taken in sequence."""
         f, block = self.facts, self.block_parameters
         parts = {"start": 3.0, "save": f.layers * block * self.SAVE_SECONDS}
         if not tokens:
             return parts
         sequential = any(getattr(o, "true_sequential", False) for o in options)
-        refined = any(getattr(o, "iterations", 0) for o in options)  # a whole block at a time
-        collecting = (not sequential) + ("transform" in kinds and sequential) + sequential
+        refined = "block" in roles
+        collecting = 1 + (sequential and "transform" in roles)
         running = (not sequential or refined) + refined
+        if sequential and not one_pass:  # a pass for each group of linears, and one more
+            collecting += 3
+            running += not refined
         rate, exact = 0.9 * self.product(dtype), 0.9 * self.product("float32")
         forward = 2 * tokens * (block + 2 * length * f.hidden)
         hessians = tokens * (3 * f.hidden**2 + f.intermediate**2)  # upper triangles
@@ -491,7 +502,7 @@ class _Speed:
         tokens: int,
         length: int,
         options: Sequence[Any],
-        kinds: Sequence[str],
+        roles: Sequence[str],
         batch_size: int,
         dtype: str,
     ) -> dict[str, int]:
@@ -504,13 +515,13 @@ class _Speed:
         parts |= {"statistics": 0, "activations": 0, "batch": 0, "waiting": 0}
         if not tokens:
             return parts
-        streams = 2 if any(getattr(o, "iterations", 0) for o in options) else 1
+        streams = 2 if "block" in roles else 1
         per_token = 8 * f.hidden + 2 * f.intermediate
         # The Hessian of the widest input, its damped copy, factor and inverse; the others' sums.
         parts["statistics"] = 4 * (5 * f.intermediate**2 + 3 * f.hidden**2)
         parts["activations"] = streams * itemsize * tokens * f.hidden
         batch = min(batch_size * length, tokens)
-        parts["batch"] = batch * per_token * (4 if "transform" in kinds else itemsize)
+        parts["batch"] = batch * per_token * (4 if "transform" in roles else itemsize)
         parts["block"] = max(parts["block"], 6 * f.vocabulary * f.hidden)  # embeddings come first
         waiting = itemsize * tokens * per_token
         if any(getattr(o, "true_sequential", False) for o in options):
@@ -532,7 +543,9 @@ class _Speed:
         elementwise = tokens * heads * f.vocabulary * 1.2e-9
         memory = self.BASE_MEMORY + 4 * f.parameters * heads + 4 * tokens * f.hidden
         disk = 12 * tokens + (0 if variant else 4 * tokens * f.hidden)
-        return Estimate(8 + flops / self.flops + elementwise, memory, disk)
+        # On a GPU the models are there.
+        least = 0 if _has_gpu() else memory
+        return Estimate(8 + flops / self.flops + elementwise, memory, disk, least)
 
     def measure(self, workload: Any, variants: int) -> Estimate:
         step = 0.01 + 2 * self.facts.parameters / 1e10
@@ -592,6 +605,19 @@ def _gguf_facts(path: Path) -> ModelFacts:
     )
 
 
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _role(algorithm: str) -> str:
+    """``rotation``, ``transform``, ``weights``, or the level of a refinement: ``layer`` or
+    ``block``."""
+    found = registry.get(algorithm)
+    return found.level if found.kind == "refinement" else found.kind
+
+
 def _calibration_dtype(recipe: Recipe, facts: ModelFacts) -> str:
     """What blocks will run in while statistics are taken."""
     if recipe.calibration is None:
@@ -603,7 +629,7 @@ def _calibration_dtype(recipe: Recipe, facts: ModelFacts) -> str:
     from compressor.quantize.driver import calibration_dtype
 
     stored = facts.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if _has_gpu() else "cpu"
     return str(calibration_dtype(getattr(torch, stored), device)).removeprefix("torch.")
 
 

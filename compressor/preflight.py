@@ -3,6 +3,7 @@ comes out of it as fast as its few bits promise."""
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 from collections.abc import Sequence
@@ -57,9 +58,11 @@ class Finding:
 
     @property
     def reason(self) -> str:
+        """Why, and of which layer, after a colon; empty where there is nothing to say."""
         if not self.support.reason:
             return ""
-        return f": {self.support.reason}" + (f" ({self.support.layer})" * bool(self.support.layer))
+        layer = f" ({self.support.layer})" if self.support.layer else ""
+        return f": {self.support.reason}{layer}"
 
     def to_dict(self) -> dict[str, Any]:
         own = {k: getattr(self, k) for k in ("variant", "scheme", "chosen", "here")}
@@ -73,13 +76,13 @@ class Preflight:
     Attributes:
         findings: engines against variants.
         notes: what quantization itself will not be able to do, in sentences.
-        heaviest: the stage that needs most memory, None when all is done.
+        stages: that are still to be done.
         free_bytes: memory that is free now.
     """
 
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
-    heaviest: Stage | None
+    stages: tuple[Stage, ...]
     free_bytes: int
 
     @property
@@ -90,10 +93,10 @@ class Preflight:
             for f in self.findings
             if f.support.level != "native" and (f.chosen or (f.here and f.target.engine == "vllm"))
         ]
-        need = self.heaviest.estimate.memory_bytes if self.heaviest else 0
-        if self.heaviest and need > self.free_bytes:
+        stage = max(self.stages, key=lambda s: s.estimate.memory_bytes, default=None)
+        if stage is not None and stage.estimate.memory_bytes > self.free_bytes:
             found.append(
-                f"{self.heaviest.name} may need {need / 1e9:.1f} GB of memory, "
+                f"{stage.name} may need {stage.estimate.memory_bytes / 1e9:.1f} GB of memory, "
                 f"{self.free_bytes / 1e9:.1f} GB are free"
             )
         return [*self.notes, *found]
@@ -105,7 +108,7 @@ class Preflight:
             RunError: the least that a stage needs is more than the free memory.
             RecipeError: the engine that the recipe measures with cannot load a variant.
         """
-        stage = self.heaviest
+        stage = max(self.stages, key=lambda s: s.estimate.least_memory, default=None)
         if stage is not None and stage.estimate.least_memory > self.free_bytes:
             raise RunError(
                 f"{stage.name} needs about {stage.estimate.least_memory / 1e9:.1f} GB of memory, "
@@ -139,7 +142,8 @@ def preflight(plan: Plan, targets: Sequence[Target] | None = None) -> Preflight:
     findings, notes = [], []
     fused = fused_experts(plan.facts.tensors)
     if fused:
-        size = sum(_size(shape) for name, shape in plan.facts.tensors if name in set(fused))
+        shapes_of = dict(plan.facts.tensors)
+        size = sum(math.prod(shapes_of[name]) for name in fused)
         notes.append(
             f"{len(fused)} tensors hold all experts of a layer in one "
             f"({size / max(plan.facts.parameters, 1):.0%} of the parameters), such as {fused[0]}: "
@@ -165,8 +169,7 @@ def preflight(plan: Plan, targets: Sequence[Target] | None = None) -> Preflight:
                         here=here,
                     )
                 )
-    heaviest = max(plan.remaining, key=lambda s: s.estimate.memory_bytes, default=None)
-    return Preflight(tuple(findings), tuple(notes), heaviest, free_memory())
+    return Preflight(tuple(findings), tuple(notes), tuple(plan.remaining), free_memory())
 
 
 def vllm_targets() -> list[Target]:
@@ -253,10 +256,3 @@ def _kept(
         return any(linear == entry or re.fullmatch(entry, linear) for entry in ignore)
 
     return [(name, shape) for name, shape in tensors if not ignored(name)]
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
