@@ -200,11 +200,12 @@ def _kernel_table(found: Preflight) -> Table:
     styles = {"native": "green", "dequantized": "yellow", "fails": "red"}
     for finding in found.findings:
         level, kernel = finding.support.level, finding.support.kernel
+        shown = {"native": kernel, "dequantized": f"{kernel} (no gain)", "fails": "will not load"}
         table.add_row(
             finding.variant,
             finding.scheme,
             str(finding.target),
-            Text(kernel if level == "native" else f"{level} {kernel}".strip(), style=styles[level]),
+            Text(shown[level], style=styles[level]),
             Text(finding.reason.removeprefix(": ")),
         )
     return table

@@ -511,8 +511,15 @@ class _Speed:
         from compressor.preflight import free_memory
 
         f, itemsize = self.facts, 2 if dtype == "bfloat16" else 4
-        parts = {"base": self.BASE_MEMORY, "block": 16 * self.block_parameters}
-        parts |= {"statistics": 0, "activations": 0, "batch": 0, "waiting": 0}
+        parts = {
+            "base": self.BASE_MEMORY,
+            "block": 8 * self.block_parameters,  # float32, what it runs in, codes
+            "solving": 6 * 4 * 2 * f.hidden * f.intermediate,  # copies of gate and up
+            "statistics": 0,
+            "activations": 0,
+            "batch": 0,
+            "waiting": 0,
+        }
         if not tokens:
             return parts
         streams = 2 if "block" in roles else 1

@@ -192,7 +192,8 @@ _ROWS: tuple[_Row, ...] = (
          _all(_needs_bfloat16, _multiples(16, 1)), experts=None),
     _Row("transformers", "cpu", "int4-int4pack_mm", _is("W4A16", None),
          _all(_needs_bfloat16, _int4pack, _multiples(1, 16)), experts=None),
-    _Row("transformers", "cpu", "dequantized", lambda s: True, level="dequantized", experts=None),
+    _Row("transformers", "cpu", "dequantized weights", lambda s: True, level="dequantized",
+         experts=None),
     # kernels/linear/scaled_mm/cpu.py, CPUInt8ScaledMMLinearKernel (oneDNN): no condition.
     _Row("vllm", "cpu", "oneDNN int8", _w8a8),
     # kernels/linear/mixed_precision/cpu.py, CPUWNA16LinearKernel: uint4 and uint4b8 only.
@@ -269,6 +270,7 @@ def _one(target: Target, scheme: Scheme, shape: LinearShape) -> Support:
         why = f"group size {group} does not divide the {shape.in_features} input features"
         return Support("fails", "", why, shape.name)
     refusals: list[str] = []
+    decides = ""  # the linear, where its shape does
     for row in _ROWS:
         if (row.engine, row.device) != (target.engine, target.device) or not row.schemes(scheme):
             continue
@@ -278,13 +280,13 @@ def _one(target: Target, scheme: Scheme, shape: LinearShape) -> Support:
             refusals.append(_capabilities(row))
         elif why := row.refusal(scheme, shape, target):
             refusals.append(f"{row.kernel}: {why}")
+            decides = shape.name
         else:
             price = row.price(scheme, shape, target)
             if row.level == "dequantized":
-                price = _no_kernel(scheme, shape, refusals)
+                return Support(row.level, row.kernel, _no_kernel(scheme, shape, refusals), decides)
             return Support(row.level, row.kernel, price, shape.name if price else "")
-    why = _no_kernel(scheme, shape, refusals)
-    return Support("fails", "", why, shape.name if refusals else "")
+    return Support("fails", "", _no_kernel(scheme, shape, refusals), decides)
 
 
 def _no_kernel(scheme: Scheme, shape: LinearShape, refusals: Sequence[str]) -> str:

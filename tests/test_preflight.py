@@ -73,7 +73,10 @@ def test_engines_are_checked_against_the_shapes_of_the_model(tmp_path: Path) -> 
     found.check()  # nothing of it keeps the engine that measures from loading
     shown = "\n".join(found.warnings)
     assert "weights (W8A16): vllm 0.32, CPU: will not load: no kernel for W8A16" in shown
-    assert "fine (W4A16, groups of 16): transformers, CPU: runs by dequantized, no faster" in shown
+    assert (
+        "fine (W4A16, groups of 16): transformers, CPU: runs by dequantized weights, no faster"
+        in shown
+    )
     assert "int8" not in shown
     json.dumps([f.to_dict() for f in found.findings])
 

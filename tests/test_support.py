@@ -50,7 +50,9 @@ def test_our_rows_say_what_the_kernels_do(name: str, dtype: torch.dtype) -> None
         target = Target("transformers", "cpu", bfloat16=dtype == torch.bfloat16)
         found = check(target, scheme, [LinearShape("layer", out, columns)])
         kernel = kernels.select(quantized(scheme, out, columns), scheme, dtype)
-        expected = ("dequantized", "dequantized") if kernel is None else ("native", kernel.name)
+        expected = (
+            ("dequantized", "dequantized weights") if kernel is None else ("native", kernel.name)
+        )
         assert (found.level, found.kernel) == expected, (scheme, columns, out)
         assert bool(found.reason) == (kernel is None)
 
