@@ -22,6 +22,7 @@ from compressor.errors import CompressorError, RecipeError
 
 if TYPE_CHECKING:
     from compressor.plan import Plan
+    from compressor.preflight import Preflight
     from compressor.recipe import Recipe
 
 TRACEBACK = "COMPRESSOR_TRACEBACK"
@@ -96,6 +97,9 @@ def run(
     store: StoreDir = None,
     only: Only = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Run although memory or the engine speak against it.")
+    ] = False,
 ) -> None:
     """Do what the recipe says: quantize, evaluate, measure, export, report."""
     from compressor.progress import make_progress
@@ -103,6 +107,15 @@ def run(
     from compressor.run import execute
 
     plan = _plan(recipe, output, store, only)
+    if plan.remaining:
+        from compressor.preflight import preflight
+
+        found = preflight(plan)
+        if not quiet:
+            for line in found.warnings:
+                _complain(f"warning: {line}", "yellow")
+        if not force:
+            found.check()
     result = execute(plan, make_progress(quiet))
     if not quiet:
         console = Console()
@@ -122,8 +135,12 @@ def plan(
     only: Only = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run will do, and what it will take in time, memory and disk."""
+    """Show what a run will do, what it will take in time, memory and disk, and which engines have
+    kernels for what comes out of it."""
+    from compressor.preflight import preflight
+
     made = _plan(recipe, output, store, only)
+    found = preflight(made)
     rows = [
         {
             "name": stage.name,
@@ -138,7 +155,12 @@ def plan(
         for stage in made.stages
     ]
     if as_json:
-        typer.echo(json.dumps({"key": made.key, "stages": rows}, indent=1))
+        ahead = {
+            "kernels": [finding.to_dict() for finding in found.findings],
+            "free_memory_bytes": found.free_bytes,
+            "warnings": found.warnings,
+        }
+        typer.echo(json.dumps({"key": made.key, "stages": rows, "preflight": ahead}, indent=1))
         return
     facts = made.facts
     table = Table(
@@ -161,8 +183,32 @@ def plan(
         f"{max((s.estimate.memory_bytes for s in left), default=0) / 1e9:.1f} GB",
         f"{sum(s.estimate.disk_bytes for s in left) / 1e6:,.0f} MB",
     )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(_kernel_table(found))
+    for line in found.warnings:
+        _complain(f"warning: {line}", "yellow")
     made.check_disk()
+    found.check()
+
+
+def _kernel_table(found: Preflight) -> Table:
+    """Engines against variants."""
+    table = Table(title="kernels")
+    for column in ("variant", "scheme", "engine, device", "runs by", "because"):
+        table.add_column(column)
+    styles = {"native": "green", "dequantized": "yellow", "fails": "red"}
+    for finding in found.findings:
+        level, kernel = finding.support.level, finding.support.kernel
+        shown = {"native": kernel, "dequantized": f"{kernel} (no gain)", "fails": "will not load"}
+        table.add_row(
+            finding.variant,
+            finding.scheme,
+            str(finding.target),
+            Text(shown[level], style=styles[level]),
+            Text(finding.reason.removeprefix(": ")),
+        )
+    return table
 
 
 @app.command()

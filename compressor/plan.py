@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -42,16 +43,22 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "measure": ("numerics", "models", "export", "measure", "data"),
 }
 _HEAD_MEMORY = 300_000_000  # copies of a part of the output layer while it is solved
+WAITING_SHARE = 0.4  # of the free memory that waiting batches may take, as `quantize.driver` has it
 _LIBRARIES = ("torch", "transformers", "compressed-tensors", "tokenizers", "gguf")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage is expected to take: seconds, bytes of memory, bytes of disk."""
+    """What a stage is expected to take: seconds, bytes of memory, bytes of disk.
+
+    ``least_memory`` is what it cannot do without [bytes], where it would take more if it has it; 0
+    where that is not known.
+    """
 
     seconds: float
     memory_bytes: int
     disk_bytes: int
+    least_memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Sizes of the source model that estimates are made from."""
+    """Sizes of the source model that estimates are made from.
+
+    Attributes:
+        dtype: that most of the weights are stored in; bfloat16 for a GGUF file, which becomes it.
+        tensors: name and shape [out, in] of every tensor.
+    """
 
     architecture: str
     parameters: int
@@ -132,6 +144,8 @@ class ModelFacts:
     intermediate: int
     layers: int
     vocabulary: int
+    dtype: str = "bfloat16"
+    tensors: tuple[tuple[str, tuple[int, ...]], ...] = field(default=(), repr=False)
 
 
 @functools.cache
@@ -272,7 +286,10 @@ class _Builder:
                     tokens,
                     length,
                     [step.options for step in variant.quantize],
-                    _head_options(variant),
+                    roles=[_role(step.algorithm) for step in variant.quantize],
+                    batch_size=recipe.calibration.batch_size if recipe.calibration else 1,
+                    dtype=_calibration_dtype(recipe, self.facts),
+                    head=_head_options(variant),
                 ),
                 variant=name,
             )
@@ -390,6 +407,10 @@ class _Speed:
     """Rough cost model of this machine; its float32 rate is probed once, in about 0.1 s."""
 
     BASE_MEMORY = 700_000_000  # interpreter, torch and transformers
+    # Measured with 2 cores of an AMD EPYC (AVX-512).
+    SAVE_SECONDS = 3e-8  # a parameter: read, rounded to nearest, written and synced
+    COLUMN_SECONDS = 1.1e-4  # calls for one column of GPTQ
+    MEMORY_BANDWIDTH = 14e9  # bytes per second of its updates
 
     def __init__(self, facts: ModelFacts) -> None:
         self.facts = facts
@@ -398,15 +419,20 @@ class _Speed:
 
     @functools.cached_property
     def flops(self) -> float:
-        """Sustained float32 FLOP/s of a matrix product of a typical shape."""
+        """Sustained float32 FLOP/s of whole models."""
+        return 0.6 * self.product("float32")
+
+    @functools.cache  # noqa: B019 (lives as long as the plan is made)
+    def product(self, dtype: str) -> float:
+        """FLOP/s of a matrix product of a typical shape."""
         import torch
 
-        a, b = torch.randn(512, 1024), torch.randn(1024, 1024)
+        a, b = (torch.randn(n, 1024).to(getattr(torch, dtype)) for n in (512, 1024))
         a @ b
         started = time.perf_counter()
         for _ in range(8):
             a @ b
-        return 8 * 2 * a.shape[0] * b.numel() / (time.perf_counter() - started) * 0.6
+        return 8 * 2 * a.shape[0] * b.numel() / (time.perf_counter() - started)
 
     def bytes_per_weight(self, quantized: bool) -> float:
         return 1.0 if quantized else 2.0
@@ -418,36 +444,131 @@ class _Speed:
         return Estimate(15 + p / 2e7, self.BASE_MEMORY + 6 * p, 2 * p)
 
     def quantize(
-        self, tokens: int, length: int, options: Sequence[Any], head: Sequence[Any] = ()
+        self,
+        tokens: int,
+        length: int,
+        options: Sequence[Any],
+        roles: Sequence[str] = ("weights",),
+        batch_size: int = 8,
+        dtype: str = "float32",
+        head: Sequence[Any] = (),
     ) -> Estimate:
-        """``options`` of all steps; those that work on the output layer again under ``head``."""
-        found = self._blocks(tokens, length, options)
-        if not head:
-            return found
+        """What one variant takes to quantize.
+
+        Args:
+            tokens: of the calibration set; 0 where no step looks at it.
+            length: tokens per sample.
+            options: of every step.
+            roles: of every step; see `_role`.
+            batch_size: samples per forward pass.
+            dtype: what blocks run in.
+            head: options of the steps that work on the output layer too.
+        """
+        memory = self.quantize_memory(tokens, length, options, roles, batch_size, dtype)
+        waiting = memory.pop("waiting")
+        least = sum(memory.values())  # in one pass for each group of linears no batch waits
+        seconds = self.quantize_seconds(tokens, length, options, roles, dtype, waiting > 0)
+        blocks = Estimate(
+            sum(seconds.values()),
+            least + waiting,
+            int(1.1 * self.facts.parameters) + memory["activations"],
+            least,
+        )
+        return self._with_head(blocks, tokens, length, head) if head else blocks
+
+    def _with_head(
+        self, blocks: Estimate, tokens: int, length: int, options: Sequence[Any]
+    ) -> Estimate:
+        """The blocks' estimate and the output layer's."""
         f = self.facts
         size = f.vocabulary * f.hidden
         flops = tokens * (f.hidden**2 + 2 * self.block_parameters) + 3 * size * f.hidden
-        flops += sum(o.work(size, f.hidden, length) for o in head)
+        flops += sum(o.work(size, f.hidden, length) for o in options)
         memory = self.BASE_MEMORY + 4 * tokens * f.hidden + 4 * size + _HEAD_MEMORY
         return Estimate(
-            found.seconds + (flops / self.flops if tokens else size / 2e7),
-            max(found.memory_bytes, memory),
-            found.disk_bytes + int(1.1 * size),
+            blocks.seconds + (flops / self.product("float32") if tokens else size / 2e7),
+            max(blocks.memory_bytes, memory),
+            blocks.disk_bytes + int(1.1 * size),
+            max(blocks.least_memory, memory),
         )
 
-    def _blocks(self, tokens: int, length: int, options: Sequence[Any]) -> Estimate:
-        f, layers = self.facts, self.facts.layers
-        hidden = 4 * tokens * f.hidden
-        memory = self.BASE_MEMORY + 2 * hidden + 16 * self.block_parameters
-        disk = int(1.1 * f.parameters) + hidden
+    def quantize_seconds(
+        self,
+        tokens: int,
+        length: int,
+        options: Sequence[Any],
+        roles: Sequence[str],
+        dtype: str,
+        one_pass: bool,
+    ) -> dict[str, float]:
+        """Seconds by part, over all blocks. See `driver._Walk.block` for the passes; ``one_pass``
+        says whether batches wait at each linear, where statistics are taken in sequence."""
+        f, block = self.facts, self.block_parameters
+        parts = {"start": 3.0, "save": f.layers * block * self.SAVE_SECONDS}
         if not tokens:
-            return Estimate(5 + f.parameters / 2e7, memory, disk)
-        one_pass = len(options) == 1 and getattr(options[0], "true_sequential", False)
-        forward = (1 if one_pass else 2) * 2 * self.block_parameters * tokens
-        statistics = tokens * (3 * f.hidden**2 + f.intermediate**2)
-        solve = 3 * self.block_parameters * f.intermediate
-        solve += sum(o.work(self.block_parameters, f.intermediate, length) for o in options)
-        return Estimate(5 + layers * (forward + statistics + solve) / self.flops, memory, disk)
+            return parts
+        sequential = any(getattr(o, "true_sequential", False) for o in options)
+        refined = "block" in roles
+        collecting = 1 + (sequential and "transform" in roles)
+        running = (not sequential or refined) + refined
+        if sequential and not one_pass:  # a pass for each group of linears, and one more
+            collecting += 3
+            running += not refined
+        rate, exact = 0.9 * self.product(dtype), 0.9 * self.product("float32")
+        forward = 2 * tokens * (block + 2 * length * f.hidden)
+        hessians = tokens * (3 * f.hidden**2 + f.intermediate**2)  # upper triangles
+        # Error of both roundings on the Hessian, its factor, and what the options add.
+        solve = 4.2 * block * f.intermediate + f.intermediate**3
+        solve += sum(o.work(block, f.intermediate, length) for o in options)
+        columns = 0.0
+        for o in options:
+            if lazy := getattr(o, "block_size", 0):  # column by column: calls and memory traffic
+                columns += (3 * f.hidden + f.intermediate) * self.COLUMN_SECONDS
+                columns += 4 * lazy * block / self.MEMORY_BANDWIDTH
+        return parts | {
+            "forward": f.layers * (collecting + running) * forward / rate,
+            "statistics": f.layers * collecting * hessians / rate,
+            "solve": f.layers * (solve / exact + columns),
+        }
+
+    def quantize_memory(
+        self,
+        tokens: int,
+        length: int,
+        options: Sequence[Any],
+        roles: Sequence[str],
+        batch_size: int,
+        dtype: str,
+    ) -> dict[str, int]:
+        """Bytes by part. ``waiting`` is what batches keep while they wait for their linears to be
+        quantized (`driver._Walk._suspended_fits`), as far as memory holds it."""
+        from compressor.preflight import free_memory
+
+        f, itemsize = self.facts, 2 if dtype == "bfloat16" else 4
+        parts = {
+            "base": self.BASE_MEMORY,
+            "block": 8 * self.block_parameters,  # float32, what it runs in, codes
+            "solving": 6 * 4 * 2 * f.hidden * f.intermediate,  # copies of gate and up
+            "statistics": 0,
+            "activations": 0,
+            "batch": 0,
+            "waiting": 0,
+        }
+        if not tokens:
+            return parts
+        streams = 2 if "block" in roles else 1
+        per_token = 8 * f.hidden + 2 * f.intermediate
+        # The Hessian of the widest input, its damped copy, factor and inverse; the others' sums.
+        parts["statistics"] = 4 * (5 * f.intermediate**2 + 3 * f.hidden**2)
+        parts["activations"] = streams * itemsize * tokens * f.hidden
+        batch = min(batch_size * length, tokens)
+        parts["batch"] = batch * per_token * (4 if "transform" in roles else itemsize)
+        parts["block"] = max(parts["block"], 6 * f.vocabulary * f.hidden)  # embeddings come first
+        waiting = itemsize * tokens * per_token
+        if any(getattr(o, "true_sequential", False) for o in options):
+            fits = waiting < WAITING_SHARE * free_memory()
+            parts["waiting"] = waiting if fits else 0
+        return parts
 
     def sensitivity(self, tokens: int, schemes: int) -> Estimate:
         f = self.facts
@@ -463,7 +584,9 @@ class _Speed:
         elementwise = tokens * heads * f.vocabulary * 1.2e-9
         memory = self.BASE_MEMORY + 4 * f.parameters * heads + 4 * tokens * f.hidden
         disk = 12 * tokens + (0 if variant else 4 * tokens * f.hidden)
-        return Estimate(8 + flops / self.flops + elementwise, memory, disk)
+        # On a GPU the models are there.
+        least = 0 if _has_gpu() else memory
+        return Estimate(8 + flops / self.flops + elementwise, memory, disk, least)
 
     def measure(self, workload: Any, variants: int) -> Estimate:
         step = 0.01 + 2 * self.facts.parameters / 1e10
@@ -496,6 +619,9 @@ def model_facts(resolved: ResolvedSource) -> ModelFacts:
     config = json.loads((resolved.path / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config", config)
     checkpoint = Checkpoint(resolved.path)
+    sizes: Counter[str] = Counter()
+    for name in checkpoint.names:
+        sizes[str(checkpoint.dtype(name)).removeprefix("torch.")] += checkpoint.numel(name)
     hidden = config.get("hidden_size") or config.get("n_embd") or 1
     return ModelFacts(
         architecture=(config.get("architectures") or [config.get("model_type", "?")])[0],
@@ -504,6 +630,8 @@ def model_facts(resolved: ResolvedSource) -> ModelFacts:
         intermediate=config.get("intermediate_size") or config.get("ffn_dim") or 4 * hidden,
         layers=config.get("num_hidden_layers") or config.get("n_layer") or 1,
         vocabulary=config.get("vocab_size", 1),
+        dtype=sizes.most_common(1)[0][0] if sizes else "float32",
+        tensors=tuple((name, checkpoint.shape(name)) for name in checkpoint.names),
     )
 
 
@@ -525,7 +653,37 @@ def _gguf_facts(path: Path) -> ModelFacts:
         intermediate=int(value(f"{name}.feed_forward_length", 1)),
         layers=int(value(f"{name}.block_count", 1)),
         vocabulary=int(max(shapes.get("token_embd.weight", [1]))),
+        # GGUF writes the fastest dimension first.
+        tensors=tuple((name, tuple(int(n) for n in reversed(s))) for name, s in shapes.items()),
     )
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _role(algorithm: str) -> str:
+    """``rotation``, ``transform``, ``weights``, or the level of a refinement: ``layer`` or
+    ``block``."""
+    found = registry.get(algorithm)
+    return found.level if found.kind == "refinement" else found.kind
+
+
+def _calibration_dtype(recipe: Recipe, facts: ModelFacts) -> str:
+    """What blocks will run in while statistics are taken."""
+    if recipe.calibration is None:
+        return "float32"
+    if recipe.calibration.dtype != "auto":
+        return recipe.calibration.dtype
+    import torch
+
+    from compressor.quantize.driver import calibration_dtype
+
+    stored = facts.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
+    device = "cuda" if _has_gpu() else "cpu"
+    return str(calibration_dtype(getattr(torch, stored), device)).removeprefix("torch.")
 
 
 def _fingerprint(resolved: ResolvedSource, store: Store) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.progress import Progress as RichBar
 
 LOG_SECONDS = 10.0
+AT_ONCE_SECONDS = 0.01
 
 
 class Task(Protocol):
@@ -61,17 +62,22 @@ class _Logged:
     def __init__(self, console: Console, description: str, total: int | None) -> None:
         self.console, self.description, self.total = console, description, total
         self.done, self.note = 0, ""
-        self.started = self.printed = time.monotonic()
+        self.found = 0  # steps that an earlier run did: they come at once and say nothing of speed
+        self.started = self.printed = self.last = time.monotonic()
 
     def advance(self, n: int = 1, /) -> None:
-        self.done += n
         now = time.monotonic()
+        if self.done == self.found and now - self.last < AT_ONCE_SECONDS:
+            self.found += n
+        self.done += n
+        self.last = now
         if now - self.printed < LOG_SECONDS:
             return
         self.printed = now
         line = f"{self.description}: {self.done}"
         if self.total:
-            left = (now - self.started) / max(self.done, 1) * max(self.total - self.done, 0)
+            worked = max(self.done - self.found, 1)
+            left = (now - self.started) / worked * max(self.total - self.done, 0)
             line += f"/{self.total}, {left:.0f} s left"
         _print(self.console, f"{line}  {self.note}".rstrip())
 

@@ -264,6 +264,7 @@ def _artifact(stored: StoredStage, run_dir: Path, stage_name: str) -> dict[str, 
         "size_bytes": stored.result["size_bytes"],
         "sha256": content_key([[f["path"], f["sha256"]] for f in files]),
         "files": files,
+        "tensors": stored.result["tensors"],
     }
 
 

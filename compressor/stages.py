@@ -20,6 +20,8 @@ from compressor.store import StoredStage
 if TYPE_CHECKING:
     from torch import nn
 
+    from compressor.models.source import ResolvedSource
+
 
 @dataclass(frozen=True)
 class Context:
@@ -86,6 +88,7 @@ def load(context: Context) -> dict[str, Any]:
         path = materialise(resolved, context.directory / "checkpoint", dtype=dtype)
         model = CausalLM.open(path, trust_remote_code=resolved.trust_remote_code)
         problems = model.check_weights()
+        lost = _lost(resolved, path)
     size = sum(p.stat().st_size for p in path.glob("*.safetensors"))
     return {
         "path": None if path.is_relative_to(context.directory) else str(path),
@@ -96,7 +99,20 @@ def load(context: Context) -> dict[str, Any]:
         "size_bytes": size,
         "dtype": str(model.config.dtype).removeprefix("torch."),
         "notes": problems,
+        "lost": lost,
+        "unread": model.unread(),
     }
+
+
+def _lost(resolved: ResolvedSource, path: Path) -> list[str]:
+    """Tensors of a source in safetensors that transformers dropped in writing it anew."""
+    from compressor.models.checkpoint import Checkpoint
+
+    if resolved.kind == "gguf" or path == resolved.path:
+        return []
+    if not list(resolved.path.glob("*.safetensors")):
+        return []  # pickles: what they held is not known without running them
+    return sorted(set(Checkpoint(resolved.path).names) - set(Checkpoint(path).names))
 
 
 def calibrate(context: Context) -> dict[str, Any]:
@@ -283,7 +299,28 @@ def export(context: Context) -> dict[str, Any]:
                 head=quantized.result["head"],
             )
     size = sum(p.stat().st_size for p in target.iterdir())
-    return {"format": context.config["format"], "size_bytes": size}
+    tensors = _tensor_ledger(context, target)
+    return {"format": context.config["format"], "size_bytes": size, "tensors": tensors}
+
+
+def _tensor_ledger(context: Context, artifact: Path) -> dict[str, Any]:
+    """The artifact's tensors against the source's, also where a rotated checkpoint lies between."""
+    from dataclasses import asdict
+
+    from compressor.export.ledger import compare_tensors
+    from compressor.models.checkpoint import Checkpoint
+    from compressor.quantize.driver import read_layers
+
+    load, quantized = context.need("load"), context.find("quantize")
+    layers = read_layers(quantized.path) if quantized else []
+    ledger = compare_tensors(
+        Checkpoint(context.baseline_dir),
+        Checkpoint(artifact),
+        {layer["name"]: layer["scheme"]["name"] for layer in layers if "scheme" in layer},
+        unread=load.result["unread"],
+        lost=load.result["lost"],
+    )
+    return asdict(ledger)
 
 
 def evaluate(context: Context) -> dict[str, Any]:

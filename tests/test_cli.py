@@ -207,3 +207,25 @@ def test_doctor_says_what_is_missing_and_how_to_get_it(tmp_path: Path) -> None:
     assert value["environment"]["cores"] >= 1
     assert all(check["fix"] for check in checks.values() if check["found"] is None)
     assert "vLLM" in compress("doctor", cwd=tmp_path).stdout
+
+
+def test_plan_and_run_say_beforehand_which_engines_have_no_kernel(project: Path) -> None:
+    recipe = yaml.safe_load((project / "r.yaml").read_text())
+    recipe["variants"] = {"int2": {"quantize": [{"rtn": {"scheme": "W2A16", "group_size": 32}}]}}
+    recipe.pop("evaluate", None)
+    (project / "two.yaml").write_text(yaml.safe_dump(recipe))
+    done = compress("plan", "two.yaml", "--json", cwd=project)
+    assert done.returncode == 0, done.stderr
+    ahead = json.loads(done.stdout)["preflight"]
+    assert ahead["free_memory_bytes"] > 0
+    assert {kernel["level"] for kernel in ahead["kernels"]} == {"dequantized", "fails"}
+    expected = "warning: int2 (W2A16, groups of 32): vllm"
+    shown = compress("plan", "two.yaml", cwd=project)
+    assert expected in shown.stderr and "will not load: no kernel for W2A16" in shown.stderr
+    assert "kernels" in shown.stdout
+    run = compress("run", "two.yaml", cwd=project)
+    assert run.returncode == 0 and expected in run.stderr
+    again = compress("run", "two.yaml", cwd=project)  # nothing is left to do, or to warn of
+    assert again.returncode == 0 and expected not in again.stderr
+    quiet = compress("run", "two.yaml", "--quiet", "--store", "other", cwd=project)
+    assert quiet.returncode == 0 and quiet.stderr == ""

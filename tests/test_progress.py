@@ -93,3 +93,18 @@ def test_a_failure_inside_passes_and_is_not_logged_as_done(terminal: bool) -> No
     assert not re.search(r"work: [\d.]+ s", file.getvalue())
     with make_progress(console=console).task("again", 1) as task:  # the display is free again
         task.advance()
+
+
+def test_blocks_of_an_earlier_run_say_nothing_of_the_time_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    console, file = _console(False)
+    with LogProgress(console).task("quantize", 30) as task:
+        task.advance(20)  # found in the store: no time passes
+        for _ in range(4):
+            clock[0] += 5
+            task.advance()
+    # Two blocks in 10 s, eight left: 40 s, not 22/30 of the work in 10 s.
+    assert "quantize: 22/30, 40 s left" in file.getvalue()

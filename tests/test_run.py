@@ -89,7 +89,14 @@ def test_run_makes_artifacts_figures_and_reports(project: Path) -> None:
     assert 0 < variants["int8"]["quality"][0]["kl_mean"] < variants["int4"]["quality"][0]["kl_mean"]
     assert all(layer["error"] <= layer["rtn_error"] * (1 + 1e-6)
                for layer in variants["int4"]["quantization"]["layers"])  # fmt: skip
-    assert variants["int4"]["coverage"]["share"] > 0.3
+    coverage = variants["int4"]["coverage"]
+    assert coverage["share"] > 0.3
+    assert coverage["quantized_parameters"] == coverage["block_parameters"]
+    for name, scheme in (("baseline", None), ("int8", "W8A8"), ("int4", "W4A16")):
+        tensors = variants[name]["artifacts"][0]["tensors"]
+        assert not tensors["missing"] and not tensors["added"]
+        assert set(tensors["bytes_by_scheme"]) == {"float32", scheme} - {None}
+    assert "will not load" not in done.stderr and "warning" not in done.stdout
     assert variants["int4"]["size_bytes"] < variants["baseline"]["size_bytes"]
     (run,) = (project / "runs" / "recipe").iterdir()
     for name in ("index.html", "report.md", "report.json"):
@@ -154,6 +161,8 @@ def test_rotated_variants_share_one_rotation_and_are_exported_whole(project: Pat
         with safe_open(directory / "model.safetensors", "pt") as file:
             made_of[name] = config["tie_word_embeddings"], "lm_head.weight" in file.keys()  # noqa: SIM118
     assert made_of == {"plain": (True, False), "rotated": (False, True)}
+    added = {n: v["artifacts"][0]["tensors"]["added"] for n, v in variants.items()}
+    assert added["plain"] == [] and added["rotated"] == ["lm_head.weight"]
     assert compress(project).returncode == 0
     assert all(stage["cached"] for stage in report(project)["stages"])
 

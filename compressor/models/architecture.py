@@ -36,6 +36,7 @@ _SHARED_INPUT = {
     "up_proj": "gate_up",
 }
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
+FUSED_EXPERTS = "fused experts that cannot be taken apart"
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,10 @@ class CausalLM:
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim >= 2:
                     full = _join(self.block_names[index], path, name)
-                    reason = "router" if is_router(path) else "not a linear"
+                    if is_router(path):
+                        reason = "router"
+                    else:
+                        reason = FUSED_EXPERTS if "experts" in full else "not a linear"
                     found.append((self.disk_name(full).removesuffix(".weight"), reason))
         return found
 
@@ -278,6 +282,25 @@ class CausalLM:
                     break
                 found[path] = key
         return found
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of all matrices in the blocks: what could be quantized, routers included."""
+        return sum(p.numel() for b in self.blocks for p in b.parameters() if p.ndim >= 2)
+
+    def numel(self, name: str) -> int:
+        """Elements of a matrix that `skipped` or `outside_linears` names; 0 if it has no tensor."""
+        for key in (f"{name}.weight", name):
+            if self.checkpoint.has(key):
+                return self.checkpoint.numel(key)
+        return 0
+
+    def unread(self) -> list[str]:
+        """Tensors of the checkpoint that the modelling code never reads, such as heads of
+        multi-token prediction (transformers ignores those without a word)."""
+        names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        used = {self.disk_name(name) for name in names | self._persistent}
+        return [key for key in self.checkpoint.names if key not in used]
 
     def load_block(self, index: int, device: str | torch.device, dtype: torch.dtype) -> None:
         """Put a block's weights in place."""

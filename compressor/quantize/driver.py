@@ -176,8 +176,9 @@ def quantize_model(
         "coverage": {
             "total_parameters": total,
             "quantized_parameters": quantized,
+            "block_parameters": model.block_parameters,
             "share": quantized / total,
-            "skipped": skipped,
+            "skipped": [{**one, "parameters": model.numel(one["name"])} for one in skipped],
         },
     }
 
@@ -360,8 +361,7 @@ class _Walk:
         _save_synced(tensors, _block_file(self.directory, index), {})
         self._checkpoint(index)
         gc.collect()
-        errors = [r["error"] for r in records if "error" in r]
-        return f"block {index}: worst relative error {max(errors, default=0.0):.2e}"
+        return _note(index, [r for r in records if "error" in r])
 
     @contextlib.contextmanager
     def _watching(self, cache: CacheObserver, index: int, wanted: bool = True) -> Iterator[None]:
@@ -740,6 +740,18 @@ def _head(model: CausalLM, algorithm: Algorithm) -> LinearRef:
             str(error), where=ref.name, fix="choose another group_size under `lm_head:`"
         ) from error
     return ref
+
+
+def _note(index: int, records: list[dict[str, Any]]) -> str:
+    """The block's worst layer, and how it compares with round-to-nearest on the same grid."""
+    worst = max(records, key=lambda record: record["error"], default=None)
+    if worst is None:
+        return f"block {index}: nothing to quantize"
+    note = f"block {index}: worst error {worst['error']:.1e}"
+    fallbacks = sum(record["fallback"] for record in records)
+    if worst["rtn_error"]:
+        note += f" ({worst['error'] / worst['rtn_error']:.2f} x RTN)"
+    return note + (f", {fallbacks} fell back" if fallbacks else "")
 
 
 def _undersampled(tokens: int | None, in_features: int) -> bool:

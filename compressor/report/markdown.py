@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from compressor.report import tables
+from compressor.report import coverage, tables
 
 
 def escape(text: str) -> str:
@@ -45,6 +45,8 @@ def render_markdown(
     parts = [f"# {title}", f"**{escape(verdict['sentence'])}**"]
     if verdict["details"]:
         parts.append("\n".join(f"- {escape(' '.join(d.split()))}" for d in verdict["details"]))
+    if warnings := coverage.warnings(report):
+        parts.append("\n".join(f"- **Warning:** {escape(line)}" for line in warnings))
     parts.append(table_markdown(tables.summary(report)))
     if caption:
         parts += ["![Quality against cost](quality_cost.svg)", f"*{escape(caption)}*"]

@@ -66,13 +66,18 @@ class Skipped(Strict):
 
     name: str
     reason: str
+    parameters: int | None = None
 
 
 class Coverage(Strict):
-    """How much of the model was quantized; `share` = quantized / total parameters."""
+    """How much of the model was quantized; `share` = quantized / total parameters.
+
+    `block_parameters` counts the matrices of the decoder blocks, which are what could be quantized.
+    """
 
     total_parameters: int
     quantized_parameters: int
+    block_parameters: int | None = None
     share: float
     skipped: list[Skipped] = []
 
@@ -168,6 +173,20 @@ class ArtifactFile(Strict):
     sha256: str
 
 
+class TensorLedger(Strict):
+    """The artifact's tensors against the source's.
+
+    `missing`: of the source, in no form in the artifact; `added`: not of the source and no part of
+    a quantized linear; `unread`: carried over although the modelling code never reads them;
+    `bytes_by_scheme`: bytes by scheme, or by dtype where they are not quantized.
+    """
+
+    missing: list[str] = []
+    added: list[str] = []
+    unread: list[str] = []
+    bytes_by_scheme: dict[str, int] = {}
+
+
 class Artifact(Strict):
     """One exported directory."""
 
@@ -176,6 +195,7 @@ class Artifact(Strict):
     size_bytes: int
     sha256: str | None = None
     files: list[ArtifactFile] = []
+    tensors: TensorLedger | None = None
 
 
 class Variant(Strict):

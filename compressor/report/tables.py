@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compressor.report import figures
+from compressor.report.coverage import block_share, named
 from compressor.report.verdict import row_at, worst_quality
 
 
@@ -382,6 +383,63 @@ def experts(report: Mapping[str, Any]) -> Table:
     )
 
 
+def coverage(report: Mapping[str, Any]) -> Table:
+    """How much of each variant was really quantized, and what its bytes are made of."""
+    rows = []
+    for variant in report["variants"]:
+        facts = variant["coverage"]
+        sizes = next((a["tensors"] for a in variant["artifacts"] if a["tensors"]), None)
+        if facts is None and sizes is None:
+            continue
+        share = block_share(variant)
+        stored = (sizes or {}).get("bytes_by_scheme", {})
+        whole = sum(stored.values())
+        rows.append(
+            (
+                variant["name"],
+                ", ".join(f"{name} {figures.percent(s / whole, 1)}" for name, s in stored.items())
+                or figures.MISSING,
+                figures.percent(facts["share"], 1) if facts else figures.MISSING,
+                figures.percent(share, 1),
+                str(len(facts["skipped"])) if facts else figures.MISSING,
+            )
+        )
+    return Table(
+        "Coverage",
+        ("Variant", "Bytes of the weights", "Of all parameters", "Of the blocks'", "Layers left"),
+        tuple(rows),
+        text_columns=2,
+        note="Bytes by scheme (codes, scales and zero points), or by dtype where they are not "
+        "quantized. The other columns: share of parameters that was quantized, of the whole model "
+        "and of the decoder blocks' matrices, and layers left in full precision.",
+    )
+
+
+def tensors(report: Mapping[str, Any]) -> Table:
+    """Tensors that the artifact and the source do not share, and those that no code reads."""
+    rows = []
+    for variant in report["variants"]:
+        for artifact in variant["artifacts"]:
+            ledger = artifact["tensors"] or {}
+            for key, what in (
+                ("missing", "missing from the artifact"),
+                ("added", "not in the source"),
+                ("unread", "carried over, read by no modelling code"),
+            ):
+                if found := ledger.get(key):
+                    rows.append(
+                        (variant["name"], artifact["format"], what, named(found), str(len(found)))
+                    )
+    return Table(
+        "Tensors against the source",
+        ("Variant", "Format", "What", "Tensors", "Count"),
+        tuple(rows),
+        text_columns=4,
+        note="Every other tensor of the source is in the artifact as it was, or as the codes of a "
+        "quantized layer. All names are in report.json.",
+    )
+
+
 def artifacts(report: Mapping[str, Any]) -> Table:
     """The exported directories."""
     rows = [
@@ -516,7 +574,9 @@ def body(report: Mapping[str, Any]) -> list[Table]:
         quantization(report),
         worst_layers(report),
         experts(report),
+        coverage(report),
         skipped(report),
+        tensors(report),
         artifacts(report),
         stages(report),
     ]

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from compressor.report import tables
+from compressor.report import coverage, tables
 
 
 def closing_table(report: Mapping[str, Any]) -> Table:
@@ -27,5 +27,10 @@ def closing_table(report: Mapping[str, Any]) -> Table:
 
 
 def closing(report: Mapping[str, Any]) -> RenderableType:
-    """The table with the verdict sentence under it."""
-    return Group(closing_table(report), Text(report["verdict"]["sentence"], style="bold"))
+    """The table, under it what a reader must be told, and the verdict sentence."""
+    return Group(
+        closing_table(report),
+        *(Text(f"warning: {line}", style="bold red") for line in coverage.warnings(report)),
+        *(Text(line, style="yellow") for line in coverage.fallbacks(report)),
+        Text(report["verdict"]["sentence"], style="bold"),
+    )

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from compressor.errors import RunError
-from compressor.models.architecture import CausalLM
+from compressor.models.architecture import FUSED_EXPERTS, CausalLM
 from compressor.models.checkpoint import Checkpoint
 from tests import tiny
 
@@ -157,7 +157,8 @@ def test_experts_stored_fused_stay_fused(
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     model = CausalLM.open(directory)
     assert len(model.linears(0)) == 4
-    assert ("model.layers.0.mlp.experts.down_proj", "not a linear") in model.skipped(0)
+    assert ("model.layers.0.mlp.experts.down_proj", FUSED_EXPERTS) in model.skipped(0)
+    assert model.numel("model.layers.0.mlp.experts.down_proj") == tiny.EXPERTS * 64 * 64
     assert model.check_weights() == []
     expected = reference(directories["qwen3_moe"])(ids).logits
     assert torch.allclose(model.load_full(torch.float32)(ids).logits, expected, atol=1e-5)

@@ -417,3 +417,15 @@ def test_nothing_left_to_quantize_is_an_error(tmp_path: Path) -> None:
         driver.quantize_model(
             CausalLM.open(tmp_path / "model"), algorithm("rtn"), tmp_path / "out", ignore=[".*"]
         )
+
+
+def test_the_note_of_a_block_has_its_worst_error_against_rtn() -> None:
+    records = [
+        {"error": 1e-3, "rtn_error": 1e-3, "fallback": True},
+        {"error": 2.1e-2, "rtn_error": 3.4e-2, "fallback": False},
+    ]
+    assert driver._note(3, records) == "block 3: worst error 2.1e-02 (0.62 x RTN), 1 fell back"
+    assert driver._note(0, [{"error": 0.0, "rtn_error": 0.0, "fallback": False}]).endswith(
+        "0.0e+00"
+    )
+    assert driver._note(1, []) == "block 1: nothing to quantize"

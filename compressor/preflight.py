@@ -1,0 +1,258 @@
+"""What a user is told before any work: whether memory holds it, and whether engines will run what
+comes out of it as fast as its few bits promise."""
+
+from __future__ import annotations
+
+import math
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from compressor import support
+from compressor.errors import RecipeError, RunError
+from compressor.models.shapes import LinearShape, fused_experts, linear_shapes
+from compressor.numerics.scheme import Scheme
+from compressor.quantize import registry
+from compressor.support import Support, Target
+
+if TYPE_CHECKING:
+    from compressor.plan import Plan, Stage
+    from compressor.recipe import Recipe, Variant
+
+# Where there is no GPU here: those that most artifacts are served on (A100, H100).
+_COMMON_GPUS = (80, 90)
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one engine will do with one variant's layers of one scheme.
+
+    Attributes:
+        chosen: it is the engine that the recipe measures with.
+        here: the target is this machine.
+    """
+
+    variant: str
+    scheme: str
+    target: Target
+    support: Support
+    chosen: bool
+    here: bool
+
+    @property
+    def sentence(self) -> str:
+        """In words, for a warning."""
+        s = self.support
+        what = {
+            "native": f"runs by {s.kernel}",
+            "dequantized": f"runs by {s.kernel}, no faster than in full precision",
+            "fails": "will not load",
+        }[s.level]
+        return f"{self.variant} ({self.scheme}): {self.target}: {what}{self.reason}"
+
+    @property
+    def reason(self) -> str:
+        """Why, and of which layer, after a colon; empty where there is nothing to say."""
+        if not self.support.reason:
+            return ""
+        layer = f" ({self.support.layer})" if self.support.layer else ""
+        return f": {self.support.reason}{layer}"
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {k: getattr(self, k) for k in ("variant", "scheme", "chosen", "here")}
+        return own | {"target": str(self.target)} | asdict(self.support)
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Everything that is known before the work begins.
+
+    Attributes:
+        findings: engines against variants.
+        notes: what quantization itself will not be able to do, in sentences.
+        stages: that are still to be done.
+        free_bytes: memory that is free now.
+    """
+
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    free_bytes: int
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is wrong with what was asked for, on this machine and on the chosen engine."""
+        found = [
+            f.sentence
+            for f in self.findings
+            if f.support.level != "native" and (f.chosen or (f.here and f.target.engine == "vllm"))
+        ]
+        stage = max(self.stages, key=lambda s: s.estimate.memory_bytes, default=None)
+        if stage is not None and stage.estimate.memory_bytes > self.free_bytes:
+            found.append(
+                f"{stage.name} may need {stage.estimate.memory_bytes / 1e9:.1f} GB of memory, "
+                f"{self.free_bytes / 1e9:.1f} GB are free"
+            )
+        return [*self.notes, *found]
+
+    def check(self) -> None:
+        """Raise when the run cannot succeed.
+
+        Raises:
+            RunError: the least that a stage needs is more than the free memory.
+            RecipeError: the engine that the recipe measures with cannot load a variant.
+        """
+        stage = max(self.stages, key=lambda s: s.estimate.least_memory, default=None)
+        if stage is not None and stage.estimate.least_memory > self.free_bytes:
+            raise RunError(
+                f"{stage.name} needs about {stage.estimate.least_memory / 1e9:.1f} GB of memory, "
+                f"{self.free_bytes / 1e9:.1f} GB are free",
+                where="memory",
+                fix="end other programs, take fewer calibration samples or evaluation tokens, or "
+                "use a machine with more; --force runs it all the same",
+            )
+        for finding in self.findings:
+            if finding.chosen and finding.support.level == "fails":
+                raise RecipeError(
+                    f"{finding.target} cannot load it{finding.reason}",
+                    where=f"variants.{finding.variant}",
+                    fix="choose another scheme or group_size, or another measure.engine",
+                )
+
+
+def preflight(plan: Plan, targets: Sequence[Target] | None = None) -> Preflight:
+    """Check a plan against this machine.
+
+    Args:
+        plan: as `make_plan` made it.
+        targets: vLLM's devices to look at, this machine's first; when not given, that and, where
+            it has no GPU, common ones.
+    """
+    recipe, names = plan.recipe, {stage.variant for stage in plan.stages}
+    # Our own engine loads models on the CPU (stages.measure).
+    own = Target("transformers", "cpu", bfloat16=_dtype(recipe) in ("auto", "bfloat16"))
+    vllm = list(targets if targets is not None else vllm_targets())
+    measured = recipe.measure.engine if recipe.measure is not None else None
+    findings, notes = [], []
+    fused = fused_experts(plan.facts.tensors)
+    if fused:
+        shapes_of = dict(plan.facts.tensors)
+        size = sum(math.prod(shapes_of[name]) for name in fused)
+        notes.append(
+            f"{len(fused)} tensors hold all experts of a layer in one "
+            f"({size / max(plan.facts.parameters, 1):.0%} of the parameters), such as {fused[0]}: "
+            "they cannot be taken apart yet and stay in full precision"
+        )
+    for name, variant in recipe.variants.items():
+        if name not in names:
+            continue
+        shapes = linear_shapes(_kept(plan.facts.tensors, variant.ignore))
+        for scheme, g_idx in _schemes(variant):
+            if refusal := _indivisible(scheme, shapes):
+                notes.append(f"{name} ({scheme.name}): {refusal}: the quantizer will refuse it")
+                continue
+            for target in (own, *vllm):
+                here = target in (own, *vllm[:1])
+                findings.append(
+                    Finding(
+                        variant=name,
+                        scheme=_described(scheme),
+                        target=target,
+                        support=support.check(target, scheme, shapes, g_idx=g_idx),
+                        chosen=here and target.engine == measured,
+                        here=here,
+                    )
+                )
+    return Preflight(tuple(findings), tuple(notes), tuple(plan.remaining), free_memory())
+
+
+def vllm_targets() -> list[Target]:
+    """vLLM on this machine; without a GPU here, also on common ones."""
+    import torch
+
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return [Target("vllm", "cuda", 10 * major + minor)]
+    return [this_cpu(), *(Target("vllm", "cuda", capability) for capability in _COMMON_GPUS)]
+
+
+def this_cpu() -> Target:
+    """vLLM on this machine's processor."""
+    import torch
+
+    arm = platform.machine().lower() in ("aarch64", "arm64")
+    return Target("vllm", "cpu", amx=torch.cpu._is_amx_tile_supported(), arm=arm)
+
+
+def free_memory() -> int:
+    """Bytes that this process can still get: the system's, or its control group's if fewer."""
+    free = psutil.virtual_memory().available
+    try:
+        limit = (CONTROL_GROUP / "memory.max").read_text().strip()
+        if limit != "max":
+            used = int((CONTROL_GROUP / "memory.current").read_text())
+            stat = dict(
+                line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines()
+            )
+            free = min(free, int(limit) - used + int(stat.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        pass
+    return max(free, 0)
+
+
+def _dtype(recipe: Recipe) -> str:
+    return recipe.measure.dtype if recipe.measure is not None else "auto"
+
+
+def _schemes(variant: Variant) -> list[tuple[Scheme, bool]]:
+    """Every scheme that layers of the variant may get, and whether columns get a group index."""
+    step = next(s for s in variant.quantize if registry.get(s.algorithm).kind == "weights")
+    options: Any = step.options
+    if not isinstance(options, registry.SchemeOptions):
+        return []  # a third party's, whose grid is not known
+    g_idx = getattr(options, "desc_act", False) and not getattr(options, "static_groups", True)
+    if variant.precision is None:
+        return [(options.parsed(), g_idx)]
+    return [
+        (options.model_copy(update={"scheme": name}).parsed(), g_idx)
+        for name in variant.precision.schemes
+    ]
+
+
+def _indivisible(scheme: Scheme, shapes: Sequence[LinearShape]) -> str:
+    for shape in shapes:
+        try:
+            scheme.weights.groups(shape.in_features)
+        except ValueError as error:
+            return f"{error} of {shape.name}"
+    return ""
+
+
+def _described(scheme: Scheme) -> str:
+    """``W4A16, groups of 64, asymmetric``."""
+    parts = [scheme.name]
+    if scheme.weights.strategy == "group":
+        parts.append(f"groups of {scheme.weights.group_size}")
+    if not scheme.weights.symmetric:
+        parts.append("asymmetric")
+    if scheme.input_activations is not None and not scheme.input_activations.dynamic:
+        parts.append("static")
+    return ", ".join(parts)
+
+
+def _kept(
+    tensors: Sequence[tuple[str, tuple[int, ...]]], ignore: Sequence[str]
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Without those whose linear the recipe leaves out (as the driver reads `ignore`)."""
+
+    def ignored(name: str) -> bool:
+        linear = name.removesuffix(".weight")
+        return any(linear == entry or re.fullmatch(entry, linear) for entry in ignore)
+
+    return [(name, shape) for name, shape in tensors if not ignored(name)]

@@ -1,0 +1,134 @@
+"""Estimates: which parts they are made of, and that more work never counts as less."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressor import plan
+from compressor.plan import ModelFacts, _role, _Speed
+from compressor.quantize import driver, registry
+
+FACTS = ModelFacts("LlamaForCausalLM", 134_515_008, 576, 1536, 30, 49152)
+TOKENS, LENGTH = 16 * 512, 512
+
+
+class Fixed(_Speed):
+    """A machine of known speed, so that estimates can be compared."""
+
+    def product(self, dtype: str) -> float:  # type: ignore[override]
+        return {"float32": 2e11, "bfloat16": 4e11}[dtype]
+
+
+def steps(*names: str, **options: Any) -> tuple[list[Any], list[str]]:
+    made = [registry.get(name).Options(**(options if i else {})) for i, name in enumerate(names)]
+    if len(names) == 1:
+        made = [registry.get(names[0]).Options(**options)]
+    return made, [_role(name) for name in names]
+
+
+def seconds(
+    *names: str,
+    tokens: int = TOKENS,
+    dtype: str = "bfloat16",
+    one_pass: bool = True,
+    **options: Any,
+) -> dict[str, float]:
+    made, roles = steps(*names, **options)
+    return Fixed(FACTS).quantize_seconds(tokens, LENGTH, made, roles, dtype, one_pass)
+
+
+def memory(*names: str, tokens: int = TOKENS, **options: Any) -> dict[str, int]:
+    made, roles = steps(*names, **options)
+    return Fixed(FACTS).quantize_memory(tokens, LENGTH, made, roles, 8, "bfloat16")
+
+
+def test_rounding_to_nearest_has_no_pass_over_tokens() -> None:
+    assert set(seconds("rtn", tokens=0)) == {"start", "save"}
+    parts = memory("rtn", tokens=0)
+    assert not parts["waiting"] and not parts["activations"] and not parts["statistics"]
+
+
+def test_one_sequential_pass_is_half_of_two() -> None:
+    one, two = seconds("gptq"), seconds("gptq", true_sequential=False)
+    assert two["forward"] == pytest.approx(2 * one["forward"])
+    assert two["statistics"] == one["statistics"] and two["solve"] == one["solve"]
+    assert memory("gptq")["waiting"] > 0 == memory("gptq", true_sequential=False)["waiting"]
+
+
+def test_without_memory_to_wait_in_there_is_a_pass_for_each_group() -> None:
+    waits, turns = seconds("gptq"), seconds("gptq", one_pass=False)
+    assert turns["forward"] == pytest.approx(5 * waits["forward"])  # q/k/v, o, gate/up, down, next
+    assert turns["statistics"] == pytest.approx(4 * waits["statistics"])
+
+
+def test_waiting_batches_count_only_where_memory_holds_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert plan.WAITING_SHARE == driver._KEPT_SHARE
+    held = memory("gptq")["waiting"]
+    # As driver._suspended_fits reckons: eight activations of the hidden width, two of the widest.
+    assert held == TOKENS * (8 * 576 + 2 * 1536) * 2
+    monkeypatch.setattr("compressor.preflight.free_memory", lambda: int(held / 0.4) - 10)
+    assert memory("gptq")["waiting"] == 0
+    made, roles = steps("gptq")
+    estimate = Fixed(FACTS).quantize(TOKENS, LENGTH, made, roles, dtype="bfloat16")
+    assert estimate.least_memory == estimate.memory_bytes
+    monkeypatch.setattr("compressor.preflight.free_memory", lambda: 10 * held)
+    roomy = Fixed(FACTS).quantize(TOKENS, LENGTH, made, roles, dtype="bfloat16")
+    assert roomy.memory_bytes == roomy.least_memory + held
+    assert roomy.seconds < estimate.seconds
+
+
+def test_bfloat16_halves_passes_but_not_solving() -> None:
+    half, full = seconds("gptq"), seconds("gptq", dtype="float32")
+    assert full["forward"] == pytest.approx(2 * half["forward"])
+    assert full["statistics"] == pytest.approx(2 * half["statistics"])
+    assert full["solve"] == half["solve"]
+
+
+def test_a_transform_costs_a_pass_of_its_own_and_its_search() -> None:
+    plain, awq = seconds("gptq"), seconds("awq", "gptq")
+    assert awq["forward"] == pytest.approx(2 * plain["forward"])
+    assert awq["solve"] > plain["solve"]
+    assert memory("awq", "gptq")["batch"] == 2 * memory("gptq")["batch"]  # in float32
+
+
+def test_a_block_refinement_follows_the_original_too() -> None:
+    plain, refined = seconds("gptq"), seconds("gptq", "signround")
+    assert refined["forward"] == pytest.approx(3 * plain["forward"])
+    assert memory("gptq", "signround")["activations"] == 2 * memory("gptq")["activations"]
+
+
+@given(
+    tokens=st.integers(1, 1 << 20),
+    more=st.integers(1, 1 << 20),
+    field=st.sampled_from(["parameters", "hidden", "intermediate", "layers"]),
+    names=st.sampled_from([("rtn",), ("gptq",), ("awq", "gptq"), ("gptq", "signround")]),
+)
+def test_more_never_takes_less(tokens: int, more: int, field: str, names: tuple[str, ...]) -> None:
+    made, roles = steps(*names)
+
+    def parts(facts: ModelFacts, tokens: int) -> dict[str, float]:
+        speed = Fixed(facts)
+        found: dict[str, float] = dict(
+            speed.quantize_memory(tokens, 512, made, roles, 8, "float32")
+        )
+        found.pop("waiting")  # which memory may not hold
+        found |= speed.quantize_seconds(tokens, 512, made, roles, "float32", True)
+        return found
+
+    few = parts(FACTS, tokens)
+    assert all(value >= 0 for value in few.values())
+    for larger in (
+        parts(FACTS, tokens + more),
+        parts(dataclasses.replace(FACTS, **{field: getattr(FACTS, field) + more}), tokens),
+    ):
+        if field in ("hidden", "layers"):  # blocks of the same model shrink when those grow
+            for key in ("block", "save", "forward", "solve"):
+                larger.pop(key, None)
+        assert all(larger[key] >= few[key] for key in larger)
