@@ -160,7 +160,8 @@ def make_plan(recipe: Recipe, store: Store, only: Iterable[str] = ()) -> Plan:
 
     Raises:
         RecipeError: a source that the recipe names does not exist.
-        RunError: the model cannot be resolved (network, package not installed).
+        RunError: the model cannot be resolved (network, package not installed), or a library
+            that a variant needs is not installed.
     """
     from compressor.models.source import resolve_source
 
@@ -244,6 +245,10 @@ class _Builder:
             if registry.get(variant.quantize[0].algorithm).kind == "rotation":
                 source.append(self._rotate(model, next(iter(steps.pop(0).values()))))
             config: dict[str, Any] = {"steps": steps, "ignore": list(variant.ignore)}
+            library = variant.library
+            if library is not None:
+                # Into the key of this stage alone: no other result depends on that library.
+                config["library"] = library.version()
             inputs = list(source)
             sources[name] = source
             tokens = length = 0
@@ -264,7 +269,7 @@ class _Builder:
                 speed.quantize(tokens, length, [step.options for step in variant.quantize]),
                 variant=name,
             )
-            for fmt in recipe.export:
+            for fmt in recipe.export if library is None else (library.format,):
                 exports.append(self._export(name, fmt, [*source, quantized[name]]))
         if recipe.evaluate is not None and texts and baseline_scores:
             for name, stage in quantized.items():

@@ -24,29 +24,15 @@ from compressed_tensors.quantization import QuantizationConfig
 from torch import nn
 
 from compressor.errors import RunError
+from compressor.export.artifact import MAX_SHARD_BYTES, complete, write_json
 from compressor.models.architecture import CausalLM
 from compressor.models.checkpoint import Checkpoint, TensorWriter
 from compressor.numerics.linear import QuantizedLinear
 from compressor.numerics.packing import pack_int32, unpack_int32
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import ActivationScheme, Scheme, WeightScheme
-from compressor.store import file_sha256
 
 NAME = "compressed-tensors"
-MAX_SHARD_BYTES = 5_000_000_000
-SUMS = "SHA256SUMS"
-_COPIED = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 def quantization_config(schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
@@ -137,8 +123,8 @@ def export(
             writer.add(name, source.tensor(name) if changed is None else changed)
     writer.close()
     config["quantization_config"] = quantization_config(schemes, ignore)
-    _write_json(directory / "config.json", config)
-    _complete(model_dir, provenance, directory)
+    write_json(directory / "config.json", config)
+    complete(model_dir, provenance, directory)
 
 
 def export_dense(model_dir: Path, provenance: dict[str, Any], directory: Path) -> None:
@@ -150,23 +136,7 @@ def export_dense(model_dir: Path, provenance: dict[str, Any], directory: Path) -
         writer.add(name, source.tensor(name))
     writer.close()
     shutil.copyfile(model_dir / "config.json", directory / "config.json")
-    _complete(model_dir, provenance, directory)
-
-
-def _complete(model_dir: Path, provenance: dict[str, Any], directory: Path) -> None:
-    """Add what every artifact carries beside its weights and config, and the hashes of it all."""
-    _write_json(directory / "compression.json", provenance)
-    for pattern in _COPIED:
-        for path in sorted(model_dir.glob(pattern)):
-            shutil.copyfile(path, directory / path.name)
-    write_sums(directory)
-
-
-def write_sums(directory: Path) -> None:
-    """``SHA256SUMS`` in the format of sha256sum(1), over every other file."""
-    files = sorted(p for p in directory.iterdir() if p.is_file() and p.name != SUMS)
-    lines = [f"{file_sha256(path)}  {path.name}\n" for path in files]
-    (directory / SUMS).write_text("".join(lines), encoding="utf-8")
+    complete(model_dir, provenance, directory)
 
 
 def load_model(
@@ -307,7 +277,3 @@ def _read_scheme(group: dict[str, Any]) -> Scheme:
         if activations
         else None,
     )
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
