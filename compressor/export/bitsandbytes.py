@@ -71,8 +71,11 @@ def load_model(directory: Path, *, dtype: torch.dtype = torch.float32) -> nn.Mod
         RunError: the library is missing, or transformers cannot load the directory.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     library()
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, device_map={"": "cpu"}, local_files_only=True
@@ -83,5 +86,8 @@ def load_model(directory: Path, *, dtype: torch.dtype = torch.float32) -> nn.Mod
             where=str(directory),
             fix="export the model again with the library versions in constraints.txt",
         ) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     prepare_modules(model)
     return model.eval()
