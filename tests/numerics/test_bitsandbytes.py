@@ -60,7 +60,10 @@ def test_nf4_is_the_nearest_of_the_papers_levels(
     made = formats.quantize_4bit(value, "nf4", blocksize, False)
     got = formats.dequantize(made)
     assert got.dtype == torch.float32 and got.shape == value.shape
-    np.testing.assert_allclose(got.numpy(), reference_nf4(value, blocksize), rtol=1e-5, atol=1e-6)
+    # Compared by distance: of two levels as near as each other, either will do.
+    exact, best = value.double().numpy(), reference_nf4(value, blocksize)
+    slack = 1e-5 * np.abs(exact).max()
+    assert (np.abs(got.numpy() - exact) <= np.abs(best - exact) + slack).all()
 
 
 def test_a_block_is_off_by_at_most_half_its_widest_gap() -> None:
@@ -155,7 +158,7 @@ def test_values_that_are_not_finite_are_refused() -> None:
 
 def test_missing_and_old_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "version", lambda name: "0.45.5")
-    with pytest.raises(RunError, match=r"0\.45\.5 is too old, 0\.49 is needed"):
+    with pytest.raises(RunError, match=r"0\.45\.5 is too old, 0\.50 is needed"):
         formats.check_installed()
 
     def missing(name: str) -> str:
