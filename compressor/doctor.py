@@ -60,7 +60,7 @@ def environment() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability() if torch else None,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "packages": {name: found for name in (*_PACKAGES, *_OPTIONAL) if (found := _version(name))},
     }
 
 

@@ -175,7 +175,8 @@ def make_plan(recipe: Recipe, store: Store, only: Iterable[str] = ()) -> Plan:
 
     Raises:
         RecipeError: a source that the recipe names does not exist.
-        RunError: the model cannot be resolved (network, package not installed).
+        RunError: the model cannot be resolved (network, package not installed), or a library
+            that a variant needs is not installed.
     """
     from compressor.models.source import resolve_source
 
@@ -263,6 +264,10 @@ class _Builder:
             config: dict[str, Any] = {"steps": steps, "ignore": list(variant.ignore)}
             if variant.kv_cache is not None:
                 config["kv_cache"] = variant.kv_cache
+            library = variant.library
+            if library is not None:
+                # Into the key of this stage alone: no other result depends on that library.
+                config["library"] = library.version()
             inputs = list(source)
             sources[name] = source
             tokens = length = 0
@@ -293,12 +298,9 @@ class _Builder:
                 ),
                 variant=name,
             )
-            for fmt in recipe.export:
-                exports.append(
-                    self._export(
-                        name, fmt, [*source, quantized[name]], head=variant.lm_head is not None
-                    )
-                )
+            head = variant.lm_head is not None
+            for fmt in recipe.export if library is None else (library.format,):
+                exports.append(self._export(name, fmt, [*source, quantized[name]], head=head))
         if recipe.evaluate is not None and texts and baseline_scores:
             for name, stage in quantized.items():
                 self.add(

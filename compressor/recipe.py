@@ -248,8 +248,13 @@ class Variant(_Section):
     @classmethod
     def _in_order(cls, steps: list[Step]) -> list[Step]:
         kinds = [registry.get(step.algorithm).kind for step in steps]
-        if kinds.count("weights") != 1:
+        if kinds.count("weights") + kinds.count("library") != 1:
             raise ValueError("exactly one step must be a quantizer such as gptq or rtn")
+        if "library" in kinds and not set(kinds) <= {"rotation", "library"}:
+            raise ValueError(
+                f"{steps[kinds.index('library')].algorithm} does everything by itself: only "
+                "rotation goes with it"
+            )
         if kinds.count("rotation") > 1:
             raise ValueError("a model is rotated once")
         if kinds != sorted(kinds, key=registry.KINDS.index):
@@ -258,6 +263,18 @@ class Variant(_Section):
                 "refinements (coordinate_descent, signround)"
             )
         return steps
+
+    @model_validator(mode="after")
+    def _precision_needs_schemes(self) -> Variant:
+        if self.precision is not None and self.library is not None:
+            raise ValueError(f"precision: {self.quantize[-1].algorithm} has no schemes to choose")
+        return self
+
+    @property
+    def library(self) -> type[registry.Library] | None:
+        """The algorithm that quantizes into a format of its own, if the variant has one."""
+        found = registry.get(self.quantize[-1].algorithm)
+        return found if found.kind == "library" else None
 
     @field_validator("ignore")
     @classmethod
@@ -389,7 +406,8 @@ class Recipe(_Section):
     export: list[Format] = Field(
         default_factory=_formats,
         min_length=1,
-        description="Formats that artifacts are written in.",
+        description="Formats that artifacts are written in. A variant by bitsandbytes has its "
+        "library's own format instead.",
         json_schema_extra={"default": ["compressed-tensors"]},
     )
     output: str = Field("runs", description="Directory of runs, relative to the recipe.")

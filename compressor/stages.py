@@ -218,8 +218,12 @@ def quantize(context: Context) -> dict[str, Any]:
     from compressor.export import compressed_tensors as formats
     from compressor.models.architecture import CausalLM
     from compressor.numerics.scheme import KV_CACHE
+    from compressor.quantize import registry
     from compressor.quantize.driver import calibration_dtype, quantize_model
 
+    ((name, options),) = context.config["steps"][-1].items()
+    if registry.get(name).kind == "library":
+        return _quantize_by_library(context, registry.get(name), options)
     scale_dtype = _scale_dtype(context.need("load"))
     transforms, algorithm, refinements = algorithms(context.config["steps"], scale_dtype)
     calibration = context.find("calibrate")
@@ -262,10 +266,28 @@ def quantize(context: Context) -> dict[str, Any]:
     return facts | ({"allocation": allocation} if allocation else {})
 
 
+def _quantize_by_library(context: Context, cls: Any, options: dict[str, Any]) -> dict[str, Any]:
+    from compressor.models.architecture import CausalLM
+
+    model = CausalLM.open(context.model_dir)
+    title = f"quantize {context.stage.variant}"
+    with context.progress.task(title, len(model.blocks)) as task:
+
+        def advance(note: str) -> None:
+            task.update(note=note)
+            task.advance(1)
+
+        return cls(cls.Options(**options)).quantize_checkpoint(
+            model, context.directory, ignore=context.config["ignore"], advance=advance
+        )
+
+
 def export(context: Context) -> dict[str, Any]:
     """Write one variant in one format, with the hash of every file."""
+    from compressor.export import bitsandbytes
     from compressor.export import compressed_tensors as formats
     from compressor.numerics.scheme import KV_CACHE
+    from compressor.quantize.bitsandbytes import iterate_tensors
     from compressor.quantize.driver import iterate_quantized, kv_scales, replaced_tensors
 
     load, quantized = context.need("load"), context.find("quantize")
@@ -282,6 +304,16 @@ def export(context: Context) -> dict[str, Any]:
     with context.progress.task(f"export {context.stage.variant}", None):
         if quantized is None:
             formats.export_dense(context.model_dir, provenance, target)
+        elif context.config["format"] == bitsandbytes.NAME:
+            for stored in context.inputs.values():
+                stored.verify()
+            bitsandbytes.export(
+                context.model_dir,
+                iterate_tensors(quantized.path),
+                quantized.result["settings"],
+                provenance,
+                target,
+            )
         else:
             for stored in context.inputs.values():
                 stored.verify()
@@ -365,6 +397,7 @@ def measure(context: Context) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from compressor.data.sources import load_texts
+    from compressor.export import bitsandbytes
     from compressor.export import compressed_tensors as formats
     from compressor.measure import runner
 
@@ -376,7 +409,11 @@ def measure(context: Context) -> dict[str, Any]:
         stored.verify()
         directory = stored.path / "artifact"
 
-        def loader(dtype: torch.dtype, directory: Path = directory) -> nn.Module:
+        def loader(
+            dtype: torch.dtype, directory: Path = directory, fmt: str = stored.result["format"]
+        ) -> nn.Module:
+            if fmt == bitsandbytes.NAME:
+                return bitsandbytes.load_model(directory, dtype=dtype)
             return formats.load_model(directory, kernel="auto", dtype=dtype)
 
         loaders.setdefault(stored.manifest["variant"], loader)
@@ -477,12 +514,21 @@ def _quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn
 
     from compressor.models.architecture import CausalLM
     from compressor.models.kv_cache import round_cache
+    from compressor.numerics import bitsandbytes
     from compressor.numerics.linear import QuantizedLinear
     from compressor.numerics.scheme import KV_CACHE
+    from compressor.quantize.bitsandbytes import iterate_tensors
     from compressor.quantize.driver import iterate_quantized, kv_scales, replaced_tensors
 
     model = CausalLM.open(directory)
     refs = {ref.name: ref for i in range(len(model.blocks)) for ref in model.linears(i)}
+    if quantized.result.get("format") == "bitsandbytes":
+        threshold = quantized.result["settings"].get("llm_int8_threshold", 0.0)
+        for name, tensors in iterate_tensors(quantized.path):
+            ref = refs[name]
+            bias = model.checkpoint.tensor(f"{name}.bias") if ref.module.bias is not None else None
+            model.replace_linear(ref, bitsandbytes.linear(tensors, bias, threshold))
+        return model.load_full(torch.float32, device)
     if (head := model.head()) is not None:
         refs[head.name] = head
     if quantized.result["head"] is not None:

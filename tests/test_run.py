@@ -364,3 +364,46 @@ def test_full_disk_is_refused_before_work(project: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(RunError, match="of disk"):
         plan.check_disk()
+
+
+def test_bitsandbytes_variants_from_recipe_to_report(project: Path) -> None:
+    recipe = json.loads(json.dumps(RECIPE))
+    del recipe["calibration"]
+    recipe["variants"] = {
+        "nf4": {"quantize": [{"bitsandbytes": {"quant_type": "nf4", "double_quant": True}}]},
+        "int8": {"quantize": [{"bitsandbytes": {"quant_type": "int8"}}]},
+        "w4": {"quantize": [{"rtn": {"scheme": "W4A16", "group_size": 32}}]},
+    }
+    recipe["measure"] = {
+        "workload": {
+            "input_length": 8, "output_length": 4, "concurrency": [2], "requests": 4, "rounds": 2,
+        },
+        "prices": {"usd_per_hour": 0.1},
+    }  # fmt: skip
+    write(project, recipe)
+    done = compress(project)
+    assert done.returncode == 0, done.stderr
+    assert "MatMul8bitLt" not in done.stderr and "Loading weights" not in done.stderr
+    made = report(project)
+    variants = {v["name"]: v for v in made["variants"]}
+    assert {name: v["status"] for name, v in variants.items()} == dict.fromkeys(variants, "ok")
+    losses = {name: v["quality"][0]["kl_mean"] for name, v in variants.items()}
+    assert 0 < losses["int8"] < losses["nf4"]
+    assert variants["nf4"]["scheme"] == "NF4+DQ" and variants["int8"]["scheme"] == "INT8"
+    assert variants["nf4"]["coverage"]["share"] == variants["w4"]["coverage"]["share"]
+    formats = {name: [a["format"] for a in v["artifacts"]] for name, v in variants.items()}
+    assert formats == {
+        "baseline": ["compressed-tensors"], "nf4": ["bitsandbytes"], "int8": ["bitsandbytes"],
+        "w4": ["compressed-tensors"],
+    }  # fmt: skip
+    for name in ("nf4", "int8"):
+        assert name in variants[name]["performance"][0]["kernel"]
+        assert all(0 < row["error"] < 0.02 for row in variants[name]["quantization"]["layers"])
+        (run,) = (project / "runs" / "recipe").iterdir()
+        directory = run / "artifacts" / name / "bitsandbytes"
+        check = subprocess.run(
+            ["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=directory, capture_output=True
+        )
+        assert check.returncode == 0
+    assert compress(project).returncode == 0
+    assert all(stage["cached"] for stage in report(project)["stages"])

@@ -27,6 +27,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from torch import nn
 
 from compressor.errors import RunError
+from compressor.export.artifact import MAX_SHARD_BYTES, complete, write_json
 from compressor.models.architecture import CausalLM
 from compressor.models.checkpoint import Checkpoint, TensorWriter
 from compressor.models.kv_cache import KEY, VALUE, round_cache
@@ -34,11 +35,8 @@ from compressor.numerics.linear import QuantizedLinear
 from compressor.numerics.packing import pack_int32, unpack_int32
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import KV_CACHE, ActivationScheme, Scheme, WeightScheme
-from compressor.store import file_sha256
 
 NAME = "compressed-tensors"
-MAX_SHARD_BYTES = 5_000_000_000
-SUMS = "SHA256SUMS"
 # Model types whose logits vLLM 0.32 computes from the embeddings, or by a ParallelLMHead that it
 # does not give the quantization config (vllm/model_executor/models).
 _NO_QUANTIZED_HEAD = frozenset(
@@ -48,18 +46,6 @@ _NO_QUANTIZED_HEAD = frozenset(
         "zamba2",
     }
 )  # fmt: skip
-_COPIED = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 def check_head(model: CausalLM) -> None:
@@ -197,8 +183,8 @@ def export(
             if isinstance(part, dict):
                 part["tie_word_embeddings"] = False
     config["quantization_config"] = quantization_config(schemes, ignore, head, kv_cache)
-    _write_json(directory / "config.json", config)
-    _complete(model_dir, provenance, directory)
+    write_json(directory / "config.json", config)
+    complete(model_dir, provenance, directory)
 
 
 def _shared_weight(model_dir: Path) -> tuple[str, str] | None:
@@ -221,23 +207,7 @@ def export_dense(model_dir: Path, provenance: dict[str, Any], directory: Path) -
         writer.add(name, source.tensor(name))
     writer.close()
     shutil.copyfile(model_dir / "config.json", directory / "config.json")
-    _complete(model_dir, provenance, directory)
-
-
-def _complete(model_dir: Path, provenance: dict[str, Any], directory: Path) -> None:
-    """Add what every artifact carries beside its weights and config, and the hashes of it all."""
-    _write_json(directory / "compression.json", provenance)
-    for pattern in _COPIED:
-        for path in sorted(model_dir.glob(pattern)):
-            shutil.copyfile(path, directory / path.name)
-    write_sums(directory)
-
-
-def write_sums(directory: Path) -> None:
-    """``SHA256SUMS`` in the format of sha256sum(1), over every other file."""
-    files = sorted(p for p in directory.iterdir() if p.is_file() and p.name != SUMS)
-    lines = [f"{file_sha256(path)}  {path.name}\n" for path in files]
-    (directory / SUMS).write_text("".join(lines), encoding="utf-8")
+    complete(model_dir, provenance, directory)
 
 
 def load_model(
@@ -411,7 +381,3 @@ def _read_scheme(group: dict[str, Any], where: str) -> Scheme:
         if activations
         else None,
     )
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

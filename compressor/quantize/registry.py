@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from compressor.models.architecture import CausalLM
     from compressor.numerics.quantized import QuantizedTensor
     from compressor.quantize.statistics import InputStatistics
 
@@ -33,12 +35,14 @@ _BUILT_IN = (
     "gptq",
     "coordinate_descent",
     "signround",
+    "bitsandbytes",
 )
 KINDS = (
     "rotation",
     "transform",
     "weights",
     "refinement",
+    "library",
 )  # in the order in which a recipe names them
 _REGISTRY: dict[str, Any] = {}
 
@@ -174,6 +178,34 @@ class Algorithm(Protocol):
         self, weights: Sequence[torch.Tensor], hessian: torch.Tensor | None
     ) -> list[WeightResult]:
         """Quantize linears [out, in] that read the same input, whose Hessian is [in, in]."""
+        ...
+
+
+class Library(Protocol):
+    """Quantizes a whole checkpoint by a library of its own, into a ``format`` of its own (``kind``
+    is "library"). It stands alone in a variant, or after a rotation."""
+
+    Options: ClassVar[type[AlgorithmOptions]]
+    kind: ClassVar[str]
+    format: ClassVar[str]
+
+    def __init__(self, options: Any) -> None: ...
+
+    @classmethod
+    def version(cls) -> str:
+        """The library's version, found without loading it; RunError when it is not there."""
+        ...
+
+    def quantize_checkpoint(
+        self,
+        model: CausalLM,
+        directory: Path,
+        *,
+        ignore: Sequence[str],
+        advance: Callable[[str], None],
+    ) -> dict[str, Any]:
+        """Fill ``directory``; returns ``format``, ``scheme``, ``coverage`` and what the exporter of
+        that format needs."""
         ...
 
 
