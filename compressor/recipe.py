@@ -265,9 +265,10 @@ class Variant(_Section):
         return steps
 
     @model_validator(mode="after")
-    def _precision_needs_schemes(self) -> Variant:
-        if self.precision is not None and self.library is not None:
-            raise ValueError(f"precision: {self.quantize[-1].algorithm} has no schemes to choose")
+    def _library_is_alone(self) -> Variant:
+        for key in ("precision", "kv_cache", "lm_head"):
+            if getattr(self, key) is not None and self.library is not None:
+                raise ValueError(f"`{key}:` does not go with {self.quantize[-1].algorithm}")
         return self
 
     @property

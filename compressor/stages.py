@@ -318,7 +318,7 @@ def export(context: Context) -> dict[str, Any]:
             for stored in context.inputs.values():
                 stored.verify()
             ignore = [entry["name"] for entry in quantized.result["coverage"]["skipped"]]
-            kv_cache = quantized.result["kv_cache"]
+            kv_cache = quantized.result.get("kv_cache")
             formats.export(
                 context.model_dir,
                 iterate_quantized(quantized.path),
@@ -328,7 +328,7 @@ def export(context: Context) -> dict[str, Any]:
                 replaced=replaced_tensors(quantized.path),
                 kv_cache=KV_CACHE[kv_cache] if kv_cache else None,
                 kv_scales=kv_scales(quantized.path),
-                head=quantized.result["head"],
+                head=quantized.result.get("head"),
             )
     size = sum(p.stat().st_size for p in target.iterdir())
     tensors = _tensor_ledger(context, target)
@@ -531,7 +531,7 @@ def _quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn
         return model.load_full(torch.float32, device)
     if (head := model.head()) is not None:
         refs[head.name] = head
-    if quantized.result["head"] is not None:
+    if quantized.result.get("head") is not None:
         model.untie_head()
     for name, tensor, scheme in iterate_quantized(quantized.path):
         ref = refs[name]
@@ -540,7 +540,7 @@ def _quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn
             tensor, scheme, bias, kernel="reference", dtype=torch.float32
         )
         model.replace_linear(ref, linear)
-    if quantized.result["kv_cache"]:
-        round_cache(model, kv_scales(quantized.path), KV_CACHE[quantized.result["kv_cache"]])
+    if quantized.result.get("kv_cache"):
+        round_cache(model, kv_scales(quantized.path), KV_CACHE[quantized.result.get("kv_cache")])
     replaced = replaced_tensors(quantized.path)
     return model.load_full(torch.float32, device, replaced)

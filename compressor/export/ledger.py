@@ -56,7 +56,9 @@ def compare_tensors(
     missing = {name for name in source.names if not _kept(name, present, schemes)}
     added, sizes = [], Counter[str]()
     for name in artifact.names:
-        linear, _, part = name.rpartition(".")
+        linear, _, part = name.partition(".weight.")  # bitsandbytes: X.weight.absmax
+        if not part:
+            linear, _, part = name.rpartition(".")
         quantized = linear in schemes and part != "bias"
         if not quantized and not source.has(name):
             added.append(name)
