@@ -210,6 +210,7 @@ def test_a_quantized_output_layer_is_evaluated_exported_and_measured(project: Pa
         "rotated": {"quantize": [{"rotation": {}}, *int4], "lm_head": {"scheme": "W4A16"}},
         "mixed": {"quantize": int4, "precision": {"mean_bits": 5}, "lm_head": {"scheme": "W8A8"}},
     }
+    recipe = json.loads(json.dumps(recipe))  # no aliases
     workload = {"input_length": 8, "output_length": 4, "requests": 2, "rounds": 2,
                 "concurrency": [1]}  # fmt: skip
     recipe["measure"] = {"workload": workload, "dtype": "bfloat16"}
