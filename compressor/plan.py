@@ -410,7 +410,7 @@ class _Speed:
 
     BASE_MEMORY = 700_000_000  # interpreter, torch and transformers
     # Measured with 2 cores of an AMD EPYC (AVX-512).
-    SAVE_SECONDS = 3e-8  # a parameter: read, rounded to nearest, written and synced
+    SAVE_SECONDS = 2e-8  # a parameter: read, rounded to nearest, written and synced
     COLUMN_SECONDS = 1.1e-4  # calls for one column of GPTQ
     MEMORY_BANDWIDTH = 14e9  # bytes per second of its updates
 
@@ -506,7 +506,7 @@ class _Speed:
         """Seconds by part, over all blocks. See `driver._Walk.block` for the passes; ``one_pass``
         says whether batches wait at each linear, where statistics are taken in sequence."""
         f, block = self.facts, self.block_parameters
-        parts = {"start": 3.0, "save": f.layers * block * self.SAVE_SECONDS}
+        parts = {"start": 1.5, "save": f.layers * block * self.SAVE_SECONDS}
         if not tokens:
             return parts
         sequential = any(getattr(o, "true_sequential", False) for o in options)
@@ -548,12 +548,13 @@ class _Speed:
 
         f, itemsize = self.facts, 2 if dtype == "bfloat16" else 4
         parts = {
-            "base": self.BASE_MEMORY,
+            "base": 600_000_000,  # no model is whole in memory
             "block": 8 * self.block_parameters,  # float32, what it runs in, codes
             "solving": 6 * 4 * 2 * f.hidden * f.intermediate,  # copies of gate and up
             "statistics": 0,
             "activations": 0,
             "batch": 0,
+            "embeddings": 0,
             "waiting": 0,
         }
         if not tokens:
@@ -565,7 +566,9 @@ class _Speed:
         parts["activations"] = streams * itemsize * tokens * f.hidden
         batch = min(batch_size * length, tokens)
         parts["batch"] = batch * per_token * (4 if "transform" in roles else itemsize)
-        parts["block"] = max(parts["block"], 6 * f.vocabulary * f.hidden)  # embeddings come first
+        # They come first and are freed: only what they take beyond the blocks counts.
+        blocks = sum(parts[key] for key in ("block", "solving", "statistics", "batch"))
+        parts["embeddings"] = max(0, 6 * f.vocabulary * f.hidden - blocks)
         waiting = itemsize * tokens * per_token
         if any(getattr(o, "true_sequential", False) for o in options):
             fits = waiting < WAITING_SHARE * free_memory()
