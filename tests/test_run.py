@@ -169,11 +169,9 @@ def test_rotated_variants_share_one_rotation_and_are_exported_whole(project: Pat
 
 def test_float8_and_its_cache_from_recipe_to_report(project: Path) -> None:
     recipe = json.loads(json.dumps(RECIPE))
-    steps = [{"rtn": {"scheme": "FP8"}}]
     recipe["variants"] = {
-        "fp8": {"quantize": steps},
-        "fp8-kv": {"quantize": steps, "kv_cache": "fp8"},
-        "int8-kv": {"quantize": steps, "kv_cache": "int8"},
+        name: {"quantize": [{"rtn": {"scheme": "FP8"}}], "kv_cache": kv_cache}
+        for name, kv_cache in {"fp8": None, "fp8-kv": "fp8", "int8-kv": "int8"}.items()
     }
     write(project, recipe)
     done = compress(project)
