@@ -240,7 +240,7 @@ class BitsAndBytes:
         return tensors, records
 
     def _spans_rows(self, ref: LinearRef) -> str | None:
-        """Why blocks do not fit the linear, if so: bitsandbytes (0.50.2 and before) dequantizes
+        """Why blocks do not fit the linear, if so: bitsandbytes 0.49 and 0.50 dequantize
         blocks that span two rows wrongly on CPUs with AVX512."""
         blocksize, width = self.scheme["weights"]["group_size"], ref.module.in_features
         if blocksize is None or width % blocksize == 0:
