@@ -240,8 +240,8 @@ class BitsAndBytes:
         return tensors, records
 
     def _spans_rows(self, ref: LinearRef) -> str | None:
-        """Why blocks do not fit the linear, if so: bitsandbytes (0.49.2, 0.50.2) dequantizes blocks
-        that span two rows wrongly on CPUs with AVX512."""
+        """Why blocks do not fit the linear, if so: bitsandbytes 0.49 and 0.50 dequantize
+        blocks that span two rows wrongly on CPUs with AVX512."""
         blocksize, width = self.scheme["weights"]["group_size"], ref.module.in_features
         if blocksize is None or width % blocksize == 0:
             return None
