@@ -435,8 +435,7 @@ class Recipe(_Section):
 
     def _check_schemes(self, name: str, variant: Variant) -> None:
         """Every scheme goes with the quantizer's other options, and with the refinements."""
-        quantizer = next(s for s in variant.quantize if registry.get(s.algorithm).kind == "weights")
-        options = quantizer.options
+        options = None if variant.library else variant.quantizer.options
         if not isinstance(options, registry.SchemeOptions):
             return
         parsed = [options.parsed()]

@@ -140,7 +140,15 @@ def recipe(tmp_path: Path, variant: dict[str, Any]) -> Path:
         ({"quantize": ["awq", "bitsandbytes"]}, "only rotation goes with it"),
         ({"quantize": ["bitsandbytes", "signround"]}, "only rotation goes with it"),
         ({"quantize": ["rtn", "bitsandbytes"]}, "exactly one step must be a quantizer"),
-        ({"quantize": ["bitsandbytes"], "precision": {"mean_bits": 5}}, "no schemes to choose"),
+        (
+            {"quantize": ["bitsandbytes"], "precision": {"mean_bits": 5}},
+            "`precision:` does not go with bitsandbytes",
+        ),
+        (
+            {"quantize": ["bitsandbytes"], "kv_cache": "fp8"},
+            "`kv_cache:` does not go with bitsandbytes",
+        ),
+        ({"quantize": ["bitsandbytes"], "lm_head": {}}, "`lm_head:` does not go with bitsandbytes"),
         ({"quantize": [{"bitsandbytes": {"threshold": 5.0}}]}, "threshold is not an option"),
         (
             {"quantize": [{"bitsandbytes": {"quant_type": "int8", "blocksize": 64}}]},
