@@ -33,19 +33,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from compressor.errors import RunError
 from compressor.models.architecture import BlockInputs, CausalLM, LinearRef
+from compressor.models.checkpoint import read_file
 from compressor.models.experts import UnfusedExperts
 from compressor.models.folding import Producer, find_producers
 from compressor.numerics.kernels import INT8_MAX
-from compressor.numerics.memory import keep_freed_pages
+from compressor.numerics.memory import free_bytes, keep_freed_pages
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import STATIC, Scheme
+from compressor.quantize.activations import allocate, fits_memory
+from compressor.quantize.devices import solving_devices, spread
 from compressor.quantize.registry import (
     Algorithm,
     BlockRefinement,
@@ -85,6 +87,8 @@ def quantize_model(
     all_experts: bool = False,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    devices: Sequence[str] | None = None,
+    read_ahead: bool | None = None,
     advance: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Any]:
     """Quantize every linear of every block into ``directory``; resume what is already there.
@@ -102,10 +106,16 @@ def quantize_model(
         all_experts: while statistics are taken, run every token through every expert.
         dtype: what blocks run in; see `calibration_dtype`.
         device: where blocks are run and solved.
+        devices: where linears that read the same input are solved side by side; ``device`` and
+            every other GPU when None.
+        read_ahead: read the next block's weights while one is solved; when None, for a GPU only.
+            From page cache a CPU reads a block in a hundredth of the time that solving it takes,
+            and would hold it in memory meanwhile.
         advance: called with a note after each block.
 
     Returns:
-        seconds, tokens, coverage (parameters quantized, linears skipped and why), resumed_at.
+        seconds, tokens, coverage (parameters quantized, linears skipped and why), resumed_at,
+        activations ("memory" or "disk", where they were kept).
 
     Raises:
         RunError: no linear is left to quantize, or a layer's weights cannot take the scheme.
@@ -120,7 +130,8 @@ def quantize_model(
     ] + [{"name": name, "reason": reason} for name, reason in model.outside_linears()]
     walk = _Walk(
         model, algorithm, exceptions or {}, transforms, refinements, directory, ignore,
-        all_experts, dtype, device,
+        all_experts, dtype, device, devices or solving_devices(device),
+        torch.device(device).type == "cuda" if read_ahead is None else read_ahead,
     )  # fmt: skip
     first = walk.resume_point()
     if walk.needs_statistics:
@@ -147,6 +158,7 @@ def quantize_model(
         "seconds": time.perf_counter() - started,
         "tokens": int(tokens.size) if tokens is not None and walk.needs_statistics else 0,
         "calibration_dtype": str(dtype).removeprefix("torch.") if walk.needs_statistics else None,
+        "activations": ("disk" if walk.on_disk else "memory") if walk.needs_statistics else None,
         "resumed_at_block": first,
         "scheme": algorithm.scheme.to_dict(),
         "coverage": {
@@ -177,6 +189,8 @@ class _Walk:
         all_experts: bool,
         dtype: torch.dtype,
         device: str,
+        devices: Sequence[str],
+        read_ahead: bool,
     ) -> None:
         self.model = model
         self.algorithm = algorithm
@@ -193,6 +207,8 @@ class _Walk:
         self.all_experts = all_experts
         self.dtype = dtype
         self.device = device
+        self.devices = list(devices)
+        self.read_ahead = read_ahead
         self.channels = bool(transforms) or any(
             one.scheme.input_activations == STATIC
             for one in (algorithm, *(exceptions or {}).values())
@@ -202,6 +218,7 @@ class _Walk:
         # tokens, and what the original ones do (only followed where something asks for it).
         self.hidden: torch.Tensor | None = None
         self.original: torch.Tensor | None = None
+        self.on_disk = False  # both, for lack of memory
         self.inputs: dict[int, BlockInputs] = {}  # by number of samples in a batch
         self.batch = 1
         self.saved = time.monotonic()
@@ -238,22 +255,27 @@ class _Walk:
                 size: _cast(self.model.embed(ids[:size]), self.dtype)
                 for size in {self.batch, *sizes}
             }
+            head = self.inputs[self.batch].hidden
+            size = samples * head[0].numel() * head.itemsize
+            self.on_disk = not fits_memory(2 * size if self.follows_original else size)
+            room = functools.partial(allocate, directory=self.directory if self.on_disk else None)
             if first:
-                saved = load_file(self.directory / _RESUME)
-                self.hidden = saved["hidden"].clone()
-                self.original = saved["original"].clone() if self.follows_original else None
+                saved = read_file(self.directory / _RESUME, room)
+                self.hidden, self.original = saved["hidden"], saved.get("original")
             else:
-                head = self.inputs[self.batch].hidden
-                self.hidden = torch.empty(samples, *head.shape[1:], dtype=head.dtype)
+                self.hidden = room((samples, *head.shape[1:]), head.dtype)
                 for part in self._parts():
                     self.hidden[part] = self.model.embed(ids[part]).hidden.to(self.dtype).cpu()
-                self.original = self.hidden.clone() if self.follows_original else None
+                if self.follows_original:
+                    self.original = room(self.hidden.shape, head.dtype).copy_(self.hidden)
         self.model.unload_outside()
 
     def block(self, index: int) -> str:
         """Quantize one block; returns a note on it for the progress line."""
         model, last = self.model, index == len(self.model.blocks) - 1
         model.load_block(index, self.device, torch.float32)
+        if self.read_ahead and not last:
+            model.read_ahead(index + 1, self.device)
         targets = [r for r in model.linears(index) if not is_ignored(r.name, self.ignore)]
         left = [r for r in model.linears(index) if is_ignored(r.name, self.ignore)]
         sequential = self.needs_statistics and self._is_sequential(targets)
@@ -266,14 +288,31 @@ class _Walk:
         results: dict[str, WeightResult] = {}
         seen: dict[str, int | None] = {}
 
-        def solve(refs: list[LinearRef], found: InputStatistics | None) -> None:
-            results.update(self._solve(refs, found))
+        def solve(
+            refs: list[LinearRef],
+            found: InputStatistics | None,
+            devices: Sequence[str] = self.devices,
+        ) -> None:
+            results.update(self._solve(refs, found, devices))
             seen.update({ref.name: found.tokens if found else None for ref in refs})
 
         ready = False  # whether self.hidden is the next block's input already
         if sequential and self._suspended_fits(targets):
             self._solve_suspended(index, targets, solve)
             ready = not self.block_refinements
+        elif len(self.devices) > 1 and not sequential:
+            # The statistics of all are there already: whole groups (experts) go side by side.
+            groups = list(_by_input(targets).items())
+
+            def some(numbers: list[int], device: str) -> list[None]:
+                return [
+                    solve(refs, statistics.pop(group, None), [device])
+                    for group, refs in (groups[number] for number in numbers)
+                ]
+
+            modules = [[ref.module for ref in refs] for _, refs in groups]
+            work = [sum(m.out_features * m.in_features**2 for m in ms) for ms in modules]
+            spread(work, self.devices, some)
         else:
             for group, refs in _by_input(targets).items():
                 if sequential:
@@ -311,7 +350,8 @@ class _Walk:
         self._checkpoint(index)
         gc.collect()
         errors = [r["error"] for r in records if "error" in r]
-        return f"block {index}: worst relative error {max(errors, default=0.0):.2e}"
+        note = f"block {index}: worst relative error {max(errors, default=0.0):.2e}"
+        return f"{note}, activations on disk" if self.on_disk else note
 
     def _checkpoint(self, index: int) -> None:
         """Now and then, save what the next block needs."""
@@ -340,11 +380,7 @@ class _Walk:
         widest = max(ref.module.in_features for ref in targets)
         per_token = (_KEPT_STREAMS * self.hidden.shape[-1] + 2 * widest) * self.dtype.itemsize
         needed = self.hidden[..., 0].numel() * per_token
-        if torch.device(self.device).type == "cuda":
-            free = torch.cuda.mem_get_info(self.device)[0]
-        else:
-            free = psutil.virtual_memory().available
-        return needed < _KEPT_SHARE * free
+        return needed < _KEPT_SHARE * free_bytes(self.device)
 
     @contextlib.contextmanager
     def _working(self, index: int) -> Iterator[None]:
@@ -497,7 +533,7 @@ class _Walk:
         return self.exceptions.get(ref.name, self.algorithm)
 
     def _solve(
-        self, refs: list[LinearRef], seen: InputStatistics | None
+        self, refs: list[LinearRef], seen: InputStatistics | None, devices: Sequence[str]
     ) -> dict[str, WeightResult]:
         """Quantize linears that read the same input, and put the result in place."""
         width = refs[0].module.in_features
@@ -506,7 +542,7 @@ class _Walk:
             # Of an expert that hardly any token reached too little is known: with the identity for
             # H every algorithm does what round-to-nearest does.
             if seen is not None and not _undersampled(seen.tokens, width):
-                hessian = seen.hessian
+                hessian = seen.take_hessian()
             else:
                 hessian = torch.eye(width, device=self.device)
         parts: dict[int, list[LinearRef]] = {}
@@ -517,12 +553,7 @@ class _Walk:
             algorithm = self._algorithm(part[0])
             weights = [self._weight(ref) for ref in part]
             try:
-                found = algorithm.quantize_all(weights, hessian)
-                for refinement in self.layer_refinements:
-                    found = [
-                        refinement.refine(weight, result, hessian)
-                        for weight, result in zip(weights, found, strict=True)
-                    ]
+                found = self._quantize(algorithm, weights, hessian, devices)
             except ValueError as error:
                 raise RunError(
                     str(error),
@@ -538,6 +569,28 @@ class _Walk:
                 self._place(ref, result.tensor)
                 results[ref.name] = result
         return results
+
+    def _quantize(
+        self,
+        algorithm: Algorithm,
+        weights: list[torch.Tensor],
+        hessian: torch.Tensor | None,
+        devices: Sequence[str],
+    ) -> list[WeightResult]:
+        """Codes of linears with the same input, shared out over the devices and brought back."""
+
+        def some(numbers: list[int], device: str) -> list[WeightResult]:
+            mine = [weights[number].to(device) for number in numbers]
+            own = None if hessian is None else hessian.to(device)
+            found = algorithm.quantize_all(mine, own)
+            for refinement in self.layer_refinements:
+                found = [
+                    refinement.refine(weight, result, own)
+                    for weight, result in zip(mine, found, strict=True)
+                ]
+            return [result.to(self.device) for result in found]
+
+        return spread([len(weight) for weight in weights], devices, some)
 
     def _refine_block(
         self, index: int, targets: list[LinearRef], results: dict[str, WeightResult]
@@ -563,7 +616,8 @@ class _Walk:
                     self._place(ref, tensor)
                     results[ref.name] = dataclasses.replace(results[ref.name], tensor=tensor)
             losses += loss
-        scale = float(self.original.float().square().mean())
+        total = sum(float(sample.float().square().sum()) for sample in self.original)
+        scale = total / self.original.numel()
         return {"block_error_before": losses[0] / scale, "block_error": losses[-1] / scale}
 
     @torch.no_grad()
@@ -593,16 +647,22 @@ def _by_input(refs: Sequence[LinearRef]) -> dict[str, list[LinearRef]]:
     return groups
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Tensors of floating point, in nested arguments of a block, in another dtype."""
+def _cast(value: Any, dtype: torch.dtype, made: dict[int, torch.Tensor] | None = None) -> Any:
+    """Tensors of floating point, in nested arguments of a block, in another dtype. One that all
+    blocks share (a mask) stays one: ``made`` holds those converted so far, by identity."""
+    made = {} if made is None else made
     if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        if not value.is_floating_point():
+            return value
+        if id(value) not in made:
+            made[id(value)] = value.to(dtype)
+        return made[id(value)]
     if isinstance(value, BlockInputs):
-        return BlockInputs(_cast(value.hidden, dtype), _cast(value.calls, dtype))
+        return BlockInputs(_cast(value.hidden, dtype, made), _cast(value.calls, dtype, made))
     if isinstance(value, dict):
-        return {key: _cast(item, dtype) for key, item in value.items()}
+        return {key: _cast(item, dtype, made) for key, item in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_cast(item, dtype) for item in value)
+        return type(value)(_cast(item, dtype, made) for item in value)
     return value
 
 
