@@ -243,7 +243,9 @@ class CausalLM:
         Returns:
             Whether it was begun: not where memory would be short of it.
         """
-        names = (_join(self.block_names[index], n) for n, _ in self.blocks[index].named_parameters())
+        names = (
+            _join(self.block_names[index], n) for n, _ in self.blocks[index].named_parameters()
+        )
         keys = [key for name in names if self.checkpoint.has(key := self.disk_name(name))]
         size = sum(self.checkpoint.numel(k) * self.checkpoint.dtype(k).itemsize for k in keys)
         # For a GPU it passes through pinned memory of this machine.

@@ -102,7 +102,8 @@ def quantize_model(
         exceptions: algorithms of linears that another than ``algorithm`` quantizes, by name.
         tokens: int32 [samples, length], needed when the algorithm or a transform has statistics.
         ignore: names or regular expressions of linears to leave as they are.
-        batch_size: samples per forward; lowered to a divisor of the number of samples.
+        batch_size: samples per forward; lowered to a divisor of the number of samples, and further
+            where a device runs out of memory.
         all_experts: while statistics are taken, run every token through every expert.
         dtype: what blocks run in; see `calibration_dtype`.
         device: where blocks are run and solved.
@@ -115,10 +116,11 @@ def quantize_model(
 
     Returns:
         seconds, tokens, coverage (parameters quantized, linears skipped and why), resumed_at,
-        activations ("memory" or "disk", where they were kept).
+        activations ("memory" or "disk", where they were kept), batch_size (in the end).
 
     Raises:
-        RunError: no linear is left to quantize, or a layer's weights cannot take the scheme.
+        RunError: no linear is left to quantize, a layer's weights cannot take the scheme, or a
+            device has too little memory for one sample.
     """
     started = time.perf_counter()
     keep_freed_pages()
@@ -159,6 +161,7 @@ def quantize_model(
         "tokens": int(tokens.size) if tokens is not None and walk.needs_statistics else 0,
         "calibration_dtype": str(dtype).removeprefix("torch.") if walk.needs_statistics else None,
         "activations": ("disk" if walk.on_disk else "memory") if walk.needs_statistics else None,
+        "batch_size": walk.batch if walk.needs_statistics else None,
         "resumed_at_block": first,
         "scheme": algorithm.scheme.to_dict(),
         "coverage": {
@@ -220,7 +223,10 @@ class _Walk:
         self.original: torch.Tensor | None = None
         self.on_disk = False  # both, for lack of memory
         self.inputs: dict[int, BlockInputs] = {}  # by number of samples in a batch
+        self.ids = torch.empty(0)
         self.batch = 1
+        self.lowered = False  # the batch, after a device ran out of memory
+        self.one_pass = True  # whether batches may wait for each other (`suspended.py`)
         self.saved = time.monotonic()
 
     def resume_point(self) -> int:
@@ -248,7 +254,7 @@ class _Walk:
         samples = len(tokens)
         self.batch = _divisor(samples, batch_size)
         sizes = {_divisor(samples, r.options.batch_size) for r in self.block_refinements}
-        ids = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
+        self.ids = ids = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
         with torch.no_grad():
             # Masks and rotary tables depend on the batch's shape alone: kept from the first batch.
             self.inputs = {
@@ -351,6 +357,9 @@ class _Walk:
         gc.collect()
         errors = [r["error"] for r in records if "error" in r]
         note = f"block {index}: worst relative error {max(errors, default=0.0):.2e}"
+        if self.lowered or not self.one_pass:
+            note += f", out of memory: batches of {self.batch}"
+            note += "" if self.one_pass else ", one pass per group"
         return f"{note}, activations on disk" if self.on_disk else note
 
     def _checkpoint(self, index: int) -> None:
@@ -363,10 +372,32 @@ class _Walk:
         _save_synced(tensors, self.directory / _RESUME, {"block": str(index + 1)})
         self.saved = time.monotonic()
 
-    def _parts(self) -> Iterator[slice]:
+    def _parts(self) -> list[slice]:
         assert self.hidden is not None
-        for start in range(0, len(self.hidden), self.batch):
-            yield slice(start, start + self.batch)
+        return self._split([slice(0, len(self.hidden))])
+
+    def _split(self, parts: Sequence[slice]) -> list[slice]:
+        """The same samples in batches of the present size."""
+        starts = [start for part in parts for start in range(part.start, part.stop, self.batch)]
+        return [slice(start, start + self.batch) for start in starts]
+
+    @torch.no_grad()
+    def _lower_batch(self) -> None:
+        """After a device ran out of memory: go on with at most half as many samples a batch.
+
+        Samples do not see each other, so the results are the same but for the order of sums.
+        """
+        if self.batch == 1:
+            raise RunError(
+                f"{self.device} has too little memory to run one calibration sample",
+                fix="lower `calibration.length`",
+            )
+        self.batch = _divisor(self.batch, self.batch // 2)
+        self.lowered = True
+        torch.cuda.empty_cache()
+        if self.batch not in self.inputs:
+            self.inputs[self.batch] = _cast(self.model.embed(self.ids[: self.batch]), self.dtype)
+            self.model.unload_outside()
 
     def _is_sequential(self, targets: list[LinearRef]) -> bool:
         return any(
@@ -380,7 +411,7 @@ class _Walk:
         widest = max(ref.module.in_features for ref in targets)
         per_token = (_KEPT_STREAMS * self.hidden.shape[-1] + 2 * widest) * self.dtype.itemsize
         needed = self.hidden[..., 0].numel() * per_token
-        return needed < _KEPT_SHARE * free_bytes(self.device)
+        return self.one_pass and needed < _KEPT_SHARE * free_bytes(self.device)
 
     @contextlib.contextmanager
     def _working(self, index: int) -> Iterator[None]:
@@ -418,9 +449,21 @@ class _Walk:
         """The block's output, inside `_working`."""
         return self.model.run_block(index, hidden.to(self.device), self.inputs[len(hidden)])
 
+    def _collect(
+        self, index: int, targets: list[LinearRef], parts: Sequence[slice] | None = None
+    ) -> dict[str, InputStatistics]:
+        """Run the block over the calibration set, or some of it; one statistic for each distinct
+        input."""
+        while True:
+            parts = self._parts() if parts is None else self._split(parts)
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                return self._observe(index, targets, parts)
+            self._lower_batch()
+
     @torch.no_grad()
-    def _collect(self, index: int, targets: list[LinearRef]) -> dict[str, InputStatistics]:
-        """Run the block over the calibration set; one statistic for each distinct input."""
+    def _observe(
+        self, index: int, targets: list[LinearRef], parts: Sequence[slice]
+    ) -> dict[str, InputStatistics]:
         assert self.hidden is not None
         found: dict[str, InputStatistics] = {}
         fired: set[str] = set()
@@ -435,13 +478,15 @@ class _Walk:
                     raise _AllSeen  # what the block does with its last inputs is not needed
 
             handles.append(refs[0].module.register_forward_pre_hook(hook))
-        with self._working(index), self._every_expert(index):
-            for part in self._parts():
-                fired.clear()
-                with contextlib.suppress(_AllSeen):
-                    self._run(index, self.hidden[part])
-        for handle in handles:
-            handle.remove()
+        try:
+            with self._working(index), self._every_expert(index):
+                for part in parts:
+                    fired.clear()
+                    with contextlib.suppress(_AllSeen):
+                        self._run(index, self.hidden[part])
+        finally:
+            for handle in handles:
+                handle.remove()
         return found
 
     @torch.no_grad()
@@ -457,19 +502,30 @@ class _Walk:
         hidden = self.hidden
         groups = _by_input(targets)
         found = {group: self._statistics(refs) for group, refs in groups.items()}
+        left = dict(enumerate(self._parts()))  # by number, those that have not come to the end
 
-        def run(part: slice) -> None:
-            out = self._run(index, hidden[part])
+        def run(number: int) -> None:
+            out = self._run(index, hidden[left[number]])
             if not self.block_refinements:
-                hidden[part] = out.cpu()
+                hidden[left[number]] = out.cpu()
+            del left[number]
 
-        with self._working(index), self._every_expert(index):
-            run_suspended(
-                [functools.partial(run, part) for part in self._parts()],
-                {group: [ref.module for ref in refs] for group, refs in groups.items()},
-                lambda group, x: found[group].update(x),
-                lambda group: solve(groups[group], found.pop(group)),
-            )
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            with self._working(index), self._every_expert(index):
+                run_suspended(
+                    [functools.partial(run, number) for number in left],
+                    {group: [ref.module for ref in refs] for group, refs in groups.items()},
+                    lambda group, x: found[group].update(x),
+                    lambda group: solve(groups[group], found.pop(group)),
+                )
+            return
+        # Out of memory, perhaps for the batches that waited: none does from here on. What is not
+        # quantized yet gets its statistics by a pass of its own, from those still to meet it.
+        self.one_pass = False
+        for group in list(found):
+            solve(groups[group], self._collect(index, groups[group], list(left.values()))[group])
+        if not self.block_refinements:
+            self._forward(index, hidden, list(left.values()))
 
     def _statistics(self, refs: list[LinearRef]) -> InputStatistics:
         return InputStatistics(refs[0].module.in_features, self.device, self.channels)
@@ -554,6 +610,12 @@ class _Walk:
             weights = [self._weight(ref) for ref in part]
             try:
                 found = self._quantize(algorithm, weights, hessian, devices)
+            except torch.cuda.OutOfMemoryError as error:
+                raise RunError(
+                    f"too little memory on {', '.join(devices)} to quantize these linears",
+                    where=", ".join(ref.name for ref in part),
+                    fix="lower `calibration.batch_size`, or use a larger device",
+                ) from error
             except ValueError as error:
                 raise RunError(
                     str(error),
@@ -621,12 +683,21 @@ class _Walk:
         return {"block_error_before": losses[0] / scale, "block_error": losses[-1] / scale}
 
     @torch.no_grad()
-    def _forward(self, index: int, activations: torch.Tensor | None) -> None:
-        """Replace activations [samples, length, hidden] by what the block makes of them."""
+    def _forward(
+        self, index: int, activations: torch.Tensor | None, parts: Sequence[slice] | None = None
+    ) -> None:
+        """Replace activations [samples, length, hidden], or some, by what the block makes of
+        them."""
         assert activations is not None
         with self._working(index):
-            for part in self._parts():
-                activations[part] = self._run(index, activations[part]).cpu()
+            left = self._parts() if parts is None else self._split(parts)
+            while left:
+                with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                    activations[left[0]] = self._run(index, activations[left[0]]).cpu()
+                    left.pop(0)
+                    continue
+                self._lower_batch()
+                left = self._split(left)
 
 
 def _undersampled(tokens: int | None, in_features: int) -> bool:

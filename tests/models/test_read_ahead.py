@@ -51,9 +51,7 @@ def test_tensors_are_taken_once_and_as_stored(model_dir: Path) -> None:
     assert ahead.take("model.norm.weight") is None
 
 
-def test_a_block_read_ahead_is_the_block(
-    model_dir: Path, reads: list[tuple[str, bool]]
-) -> None:
+def test_a_block_read_ahead_is_the_block(model_dir: Path, reads: list[tuple[str, bool]]) -> None:
     model, plain = CausalLM.open(model_dir), CausalLM.open(model_dir)
     assert model.read_ahead(1, "cpu")
     model.load_block(1, "cpu", torch.float32)
@@ -63,9 +61,7 @@ def test_a_block_read_ahead_is_the_block(
         assert torch.equal(model.blocks[1].get_parameter(name), value)
     model.unload_block(1)
     model.load_block(1, "cpu", torch.float32)  # from disk again: nothing is kept
-    assert torch.equal(
-        model.linears(1)[0].module.weight, plain.linears(1)[0].module.weight
-    )
+    assert torch.equal(model.linears(1)[0].module.weight, plain.linears(1)[0].module.weight)
 
 
 def test_another_block_than_the_one_read_ahead_is_read_itself(model_dir: Path) -> None:
@@ -73,9 +69,7 @@ def test_another_block_than_the_one_read_ahead_is_read_itself(model_dir: Path) -
     model.read_ahead(2, "cpu")
     for one in (model, plain):
         one.load_block(0, "cpu", torch.float32)
-    assert torch.equal(
-        model.linears(0)[0].module.weight, plain.linears(0)[0].module.weight
-    )
+    assert torch.equal(model.linears(0)[0].module.weight, plain.linears(0)[0].module.weight)
 
 
 def test_it_is_off_where_memory_is_short(
