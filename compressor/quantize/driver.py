@@ -808,7 +808,8 @@ def _flatten(name: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         "codes": tensor.codes,
         "scale": tensor.scale,
         "zero_point": tensor.zero_point,
-        "g_idx": tensor.g_idx,
+        # Linears quantized together share theirs, and safetensors refuses to save one memory twice.
+        "g_idx": None if tensor.g_idx is None else tensor.g_idx.clone(),
         "input_scale": tensor.input_scale,
     }
     return {f"{name}.{k}": v.cpu().contiguous() for k, v in parts.items() if v is not None}
