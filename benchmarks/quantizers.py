@@ -68,14 +68,14 @@ OURS: dict[str, list[dict[str, Any]]] = {
 PEERS: dict[str, dict[str, Any]] = {
     f"llmcompressor gptq {dtype}": {
         "peer": "llmcompressor",
-        "script": "llmcompressor.py",
+        "script": "llmcompressor_gptq.py",
         "options": {"dtype": dtype, "group_size": GROUP, "symmetric": True, "actorder": "static"},
     }
     for dtype in ("float32", "bfloat16")
 }
 PEERS["W8A8 llmcompressor smoothquant+gptq"] = {
     "peer": "llmcompressor",
-    "script": "llmcompressor.py",
+    "script": "llmcompressor_gptq.py",
     "options": {"dtype": "float32", "scheme": "W8A8"},
 }
 PEERS["gptqmodel gptq"] = {
@@ -83,11 +83,16 @@ PEERS["gptqmodel gptq"] = {
     "script": "gptqmodel_gptq.py",
     "options": {"group_size": GROUP, "symmetric": True, "desc_act": False},
 }
-PEERS["autoround"] = {
-    "peer": "autoround",
-    "script": "autoround.py",
-    "options": {"iterations": 200, "group_size": GROUP, "symmetric": True},
-}
+# Their two settings: the default, and "auto-round-light".
+for name, tuning in {
+    "autoround": {"iterations": 200},
+    "autoround light": {"iterations": 50, "learning_rate": 5e-3},
+}.items():
+    PEERS[name] = {
+        "peer": "autoround",
+        "script": "autoround.py",
+        "options": {**tuning, "group_size": GROUP, "symmetric": True},
+    }
 
 
 def quantize_ours(model_dir: Path, tokens_file: Path, output: Path, steps: list[Any]) -> None:

@@ -239,11 +239,15 @@ class _Builder:
                 continue
             steps = [step.dump() for step in variant.quantize]
             precision = variant.precision
-            needs = precision or any(step.needs_calibration for step in variant.quantize)
+            needs = bool(precision or variant.kv_cache) or any(
+                step.needs_calibration for step in variant.quantize
+            )
             source = [model]
             if registry.get(variant.quantize[0].algorithm).kind == "rotation":
                 source.append(self._rotate(model, next(iter(steps.pop(0).values()))))
             config: dict[str, Any] = {"steps": steps, "ignore": list(variant.ignore)}
+            if variant.kv_cache is not None:
+                config["kv_cache"] = variant.kv_cache
             inputs = list(source)
             sources[name] = source
             tokens = length = 0

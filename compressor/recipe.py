@@ -197,6 +197,12 @@ class Variant(_Section):
     precision: Precision | None = Field(
         None, description="A scheme of its own for every layer, within a budget."
     )
+    kv_cache: Literal["fp8", "int8"] | None = Field(
+        None,
+        description="Keys and values in 8 bits, float8_e4m3fn or integers, with one static scale "
+        "for the keys of a layer and one for its values, from calibration. vLLM 0.32 serves fp8 "
+        "and refuses a checkpoint with int8 scales.",
+    )
 
     @field_validator("quantize")
     @classmethod
@@ -345,13 +351,44 @@ class Recipe(_Section):
         for name, variant in self.variants.items():
             steps = variant.quantize
             needs = variant.precision is not None or any(s.needs_calibration for s in steps)
-            if self.calibration is None and needs:
+            if self.calibration is None and (needs or variant.kv_cache is not None):
                 raise PydanticCustomError(
                     "needs_calibration",
-                    "its algorithm needs a `calibration:` section in the recipe",
+                    "its algorithm needs a `calibration:` section in the recipe"
+                    if needs
+                    else "the scales of kv_cache need a `calibration:` section in the recipe",
                     {"loc": ("variants", name)},
                 )
+            self._check_schemes(name, variant)
         return self
+
+    def _check_schemes(self, name: str, variant: Variant) -> None:
+        """Every scheme goes with the quantizer's other options, and with the refinements."""
+        quantizer = next(s for s in variant.quantize if registry.get(s.algorithm).kind == "weights")
+        options = quantizer.options
+        if not isinstance(options, registry.SchemeOptions):
+            return
+        parsed = [options.parsed()]
+        for scheme in variant.precision.schemes if variant.precision else ():
+            try:
+                parsed.append(options.model_copy(update={"scheme": scheme}).parsed())
+            except ValueError as error:
+                raise PydanticCustomError(
+                    "scheme", "{why}", {"why": str(error), "loc": ("variants", name, "precision")}
+                ) from error
+        floats = next((s.name for s in parsed if s.weights.type == "float"), None)
+        for number, step in enumerate(variant.quantize):
+            cls = registry.get(step.algorithm)
+            if floats and cls.kind == "refinement" and not getattr(cls, "takes_floats", False):
+                raise PydanticCustomError(
+                    "integer_grid",
+                    "it works on an integer grid, which scheme {scheme} is not: remove this step, "
+                    "or choose a scheme of integers such as W8A8",
+                    {
+                        "scheme": floats,
+                        "loc": ("variants", name, "quantize", number, step.algorithm),
+                    },
+                )
 
     @property
     def path(self) -> Path:

@@ -225,9 +225,10 @@ def _variant(plan: Plan, outcome: _Outcome, run_dir: Path, name: str) -> dict[st
     if quantized:
         steps = quantized.manifest["config"]["steps"]
         layers = read_layers(quantized.path)
+        cache = quantized.result.get("kv_cache")
         entry |= {
             "algorithm": "+".join(next(iter(step)) for step in steps),
-            "scheme": _scheme_name(layers),
+            "scheme": _scheme_name(layers) + (f" with {cache} cache" if cache else ""),
             "group_size": quantized.result["scheme"]["weights"]["group_size"],
             "coverage": quantized.result["coverage"],
             "precision": _precision(quantized.result.get("allocation")),

@@ -200,6 +200,7 @@ def quantize(context: Context) -> dict[str, Any]:
     import torch
 
     from compressor.models.architecture import CausalLM
+    from compressor.numerics.scheme import KV_CACHE
     from compressor.quantize.driver import calibration_dtype, quantize_model
 
     transforms, algorithm, refinements = algorithms(
@@ -212,6 +213,7 @@ def quantize(context: Context) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = context.config.get("dtype", "auto")
     dtype = getattr(torch, wanted, None) or calibration_dtype(model.config.dtype, device)
+    kv_cache = context.config.get("kv_cache")
     title = f"quantize {context.stage.variant}"
     with context.progress.task(title, len(model.blocks)) as task:
 
@@ -228,19 +230,22 @@ def quantize(context: Context) -> dict[str, Any]:
             exceptions=exceptions,
             tokens=tokens,
             ignore=context.config["ignore"],
+            kv_cache=KV_CACHE[kv_cache] if kv_cache else None,
             batch_size=context.config.get("batch_size", 1),
             all_experts=context.config.get("all_experts", False),
             dtype=dtype,
             device=device,
             advance=advance,
         )
+    facts["kv_cache"] = kv_cache
     return facts | ({"allocation": allocation} if allocation else {})
 
 
 def export(context: Context) -> dict[str, Any]:
     """Write one variant in one format, with the hash of every file."""
     from compressor.export import compressed_tensors as formats
-    from compressor.quantize.driver import iterate_quantized, replaced_tensors
+    from compressor.numerics.scheme import KV_CACHE
+    from compressor.quantize.driver import iterate_quantized, kv_scales, replaced_tensors
 
     load, quantized = context.need("load"), context.find("quantize")
     # Keys of the inputs identify every setting that made this artifact; times stay out of it.
@@ -260,6 +265,7 @@ def export(context: Context) -> dict[str, Any]:
             for stored in context.inputs.values():
                 stored.verify()
             ignore = [entry["name"] for entry in quantized.result["coverage"]["skipped"]]
+            kv_cache = quantized.result["kv_cache"]
             formats.export(
                 context.model_dir,
                 iterate_quantized(quantized.path),
@@ -267,6 +273,8 @@ def export(context: Context) -> dict[str, Any]:
                 provenance,
                 target,
                 replaced=replaced_tensors(quantized.path),
+                kv_cache=KV_CACHE[kv_cache] if kv_cache else None,
+                kv_scales=kv_scales(quantized.path),
             )
     size = sum(p.stat().st_size for p in target.iterdir())
     return {"format": context.config["format"], "size_bytes": size}
@@ -421,12 +429,14 @@ def _scale_dtype(load: StoredStage) -> Any:
 
 
 def _quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn.Module:
-    """The variant as the engine computes it: dequantized weights, activations rounded."""
+    """The variant as the engine computes it: dequantized weights, activations and cache rounded."""
     import torch
 
     from compressor.models.architecture import CausalLM
+    from compressor.models.kv_cache import round_cache
     from compressor.numerics.linear import QuantizedLinear
-    from compressor.quantize.driver import iterate_quantized, replaced_tensors
+    from compressor.numerics.scheme import KV_CACHE
+    from compressor.quantize.driver import iterate_quantized, kv_scales, replaced_tensors
 
     model = CausalLM.open(directory)
     refs = {ref.name: ref for i in range(len(model.blocks)) for ref in model.linears(i)}
@@ -437,5 +447,7 @@ def _quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn
             tensor, scheme, bias, kernel="reference", dtype=torch.float32
         )
         model.replace_linear(ref, linear)
+    if quantized.result["kv_cache"]:
+        round_cache(model, kv_scales(quantized.path), KV_CACHE[quantized.result["kv_cache"]])
     replaced = replaced_tensors(quantized.path)
     return model.load_full(torch.float32, device, replaced)

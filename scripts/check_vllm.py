@@ -60,12 +60,13 @@ def check(directory: Path, python: Path, args: argparse.Namespace) -> dict[str, 
     texts = load_texts("builtin:prompts", field="prompt", base_dir=Path())[: args.prompts]
     prompts = [encode(tokenizer, text) for text in texts]
     result: dict[str, Any] = {"directory": str(directory), "loads": False, "prompts": len(prompts)}
+    variables = dict(item.split("=", 1) for item in args.env)
     flags = ["--dtype", args.dtype, "--max-model-len", "1024", *args.flag]
     with tempfile.TemporaryDirectory() as temporary:
         log = Path(temporary) / "vllm.log"
         started = time.monotonic()
         try:
-            with VllmServer(python, directory, log, flags) as server:
+            with VllmServer(python, directory, log, flags, variables=variables) as server:
                 result["start_seconds"] = time.monotonic() - started
                 result["loads"] = True
                 served = [server.complete(prompt, args.tokens) for prompt in prompts]
@@ -91,6 +92,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float16", help="vLLM's --dtype")
     parser.add_argument("--reference-dtype", default="float32", help="of our own model")
     parser.add_argument("--flag", action="append", default=[], help="further flag for vLLM")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for vLLM")
     parser.add_argument("--json", type=Path, help="write results there")
     args = parser.parse_args()
     python = vllm_python()

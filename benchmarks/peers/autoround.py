@@ -2,9 +2,10 @@
 
     PYTHON_WITH_AUTO_ROUND benchmarks/peers/autoround.py MODEL TOKENS.npy OUTPUT OPTIONS
 
-TOKENS is int32 [samples, length]; OPTIONS is JSON: iterations, group_size, symmetric. Writes the
-model with its weights rounded ("fake quantized", in the model's dtype) and, last, a line of JSON
-with the seconds that tuning took (loading and saving not counted).
+TOKENS is int32 [samples, length]; OPTIONS is JSON: iterations, learning_rate (theirs when not
+given), group_size, symmetric. Writes the model with its weights rounded ("fake quantized", in the
+model's dtype) and, last, a line of JSON with the seconds that tuning took (loading and saving not
+counted).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def main() -> None:
         group_size=options["group_size"],
         sym=options["symmetric"],
         iters=options["iterations"],
+        lr=options.get("learning_rate"),
         nsamples=len(tokens),
         seqlen=tokens.shape[1],
         batch_size=8,

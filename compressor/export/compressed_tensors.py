@@ -5,9 +5,12 @@ Format: https://github.com/vllm-project/compressed-tensors. ``config.json`` carr
 
 - ``int-quantized`` (8-bit weights and activations): ``weight`` int8 [out, in], ``weight_scale``
   [out, groups], ``input_scale`` [1] when activations are static;
+- ``float-quantized`` (8-bit floating point): the same with ``weight`` float8_e4m3fn;
 - ``pack-quantized`` (weights only): ``weight_packed`` int32 [out, in * bits / 32],
   ``weight_scale`` [out, groups], ``weight_shape`` int64 [2], ``weight_zero_point`` packed along
   out when asymmetric, ``weight_g_idx`` int32 [in] when columns were grouped by activation order.
+
+With ``kv_cache_scheme``, each attention has ``k_scale`` and ``v_scale`` float32 [1].
 """
 
 from __future__ import annotations
@@ -26,10 +29,11 @@ from torch import nn
 from compressor.errors import RunError
 from compressor.models.architecture import CausalLM
 from compressor.models.checkpoint import Checkpoint, TensorWriter
+from compressor.models.kv_cache import KEY, VALUE, round_cache
 from compressor.numerics.linear import QuantizedLinear
 from compressor.numerics.packing import pack_int32, unpack_int32
 from compressor.numerics.quantized import QuantizedTensor
-from compressor.numerics.scheme import ActivationScheme, Scheme, WeightScheme
+from compressor.numerics.scheme import KV_CACHE, ActivationScheme, Scheme, WeightScheme
 from compressor.store import file_sha256
 
 NAME = "compressed-tensors"
@@ -49,12 +53,15 @@ _COPIED = (
 )
 
 
-def quantization_config(schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    schemes: Mapping[str, Scheme], ignore: Sequence[str], kv_cache: ActivationScheme | None = None
+) -> dict[str, Any]:
     """``quantization_config`` of a model.
 
     Args:
         schemes: of every quantized linear, by name.
         ignore: names of linears that stay as they are.
+        kv_cache: of cached keys and values; None where they stay as they are.
     """
     members: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
@@ -75,7 +82,7 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Sequence[str]) ->
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": sorted(ignore),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": _activations(kv_cache) if kv_cache else None,
     }
     QuantizationConfig.model_validate(config)  # the format's own library must accept it
     return config
@@ -84,23 +91,26 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Sequence[str]) ->
 def _config_group(scheme: Scheme) -> dict[str, Any]:
     weights: dict[str, Any] = {
         "num_bits": scheme.weights.num_bits,
-        "type": "int",
+        "type": scheme.weights.type,
         "symmetric": scheme.weights.symmetric,
         "strategy": scheme.weights.strategy,
         "dynamic": False,
     }
     if scheme.weights.strategy == "group":
         weights["group_size"] = scheme.weights.group_size
-    activations = None
-    if scheme.input_activations is not None:
-        activations = {
-            "num_bits": scheme.input_activations.num_bits,
-            "type": "int",
-            "symmetric": scheme.input_activations.symmetric,
-            "strategy": scheme.input_activations.strategy,
-            "dynamic": scheme.input_activations.dynamic,
-        }
+    inputs = scheme.input_activations
+    activations = _activations(inputs) if inputs is not None else None
     return {"weights": weights, "input_activations": activations, "output_activations": None}
+
+
+def _activations(scheme: ActivationScheme) -> dict[str, Any]:
+    return {
+        "num_bits": scheme.num_bits,
+        "type": scheme.type,
+        "symmetric": scheme.symmetric,
+        "strategy": scheme.strategy,
+        "dynamic": scheme.dynamic,
+    }
 
 
 def export(
@@ -110,6 +120,8 @@ def export(
     provenance: dict[str, Any],
     directory: Path,
     replaced: Mapping[str, torch.Tensor] | None = None,
+    kv_cache: ActivationScheme | None = None,
+    kv_scales: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a complete artifact directory; equal inputs give equal bytes.
 
@@ -120,6 +132,8 @@ def export(
         provenance: written as ``compression.json``; must hold no times.
         directory: receives the artifact.
         replaced: unquantized tensors that differ from the baseline's, by name.
+        kv_cache: scheme of cached keys and values; None where they stay as they are.
+        kv_scales: their scales float32 [1], by name.
     """
     directory.mkdir(parents=True, exist_ok=True)
     source = Checkpoint(model_dir)
@@ -135,8 +149,10 @@ def export(
         if name.removesuffix(".weight") not in schemes:
             changed = (replaced or {}).get(name)
             writer.add(name, source.tensor(name) if changed is None else changed)
+    for name, scale in sorted((kv_scales or {}).items()):
+        writer.add(name, scale)
     writer.close()
-    config["quantization_config"] = quantization_config(schemes, ignore)
+    config["quantization_config"] = quantization_config(schemes, ignore, kv_cache)
     _write_json(directory / "config.json", config)
     _complete(model_dir, provenance, directory)
 
@@ -181,7 +197,8 @@ def load_model(
         directory: holds config.json with ``quantization_config`` and safetensors; a directory
             without ``quantization_config`` is loaded as it is.
         kernel: ``reference`` (dequantized weights, activations rounded as the engine rounds them)
-            or ``auto`` (low-bit kernels where this device has them).
+            or ``auto`` (low-bit kernels where this device has them). The cache of keys and values
+            is held in ``dtype``, rounded as a low-bit one.
         dtype: of activations and of everything that is not quantized.
 
     Raises:
@@ -205,6 +222,10 @@ def load_model(
                     ref,
                     QuantizedLinear.from_tensor(tensor, scheme, bias, kernel=kernel, dtype=dtype),
                 )
+        if found.get("kv_cache_scheme"):
+            kv_cache = _read_kv_cache(found["kv_cache_scheme"], directory)
+            scales = {n: source.tensor(n) for n in source.names if n.endswith((KEY, VALUE))}
+            round_cache(model, scales, kv_cache)
     return model.load_full(dtype, "cpu")
 
 
@@ -217,6 +238,8 @@ def read_tensor(source: Checkpoint, name: str, scheme: Scheme) -> QuantizedTenso
         codes = unpack_int32(source.tensor(f"{name}.weight_packed"), bits, shape)
     else:
         codes = source.tensor(f"{name}.weight")
+    if scheme.weights.strategy == "tensor":
+        scale = scale.view(1, 1).expand(codes.shape[0], 1).contiguous()
     zero_point = None
     if not scheme.weights.symmetric:
         zero_point = source.tensor(f"{name}.weight_zero_point")
@@ -232,6 +255,8 @@ def read_tensor(source: Checkpoint, name: str, scheme: Scheme) -> QuantizedTenso
 
 
 def _format(scheme: Scheme) -> str:
+    if scheme.weights.type == "float":
+        return "float-quantized"
     return "int-quantized" if scheme.input_activations is not None else "pack-quantized"
 
 
@@ -240,7 +265,7 @@ def _tensors(
 ) -> dict[str, torch.Tensor]:
     """The format's tensors of one linear. Scales of packed weights are stored in the model's own
     dtype, which engines load them into; the grid was rounded to it before codes were chosen."""
-    if _format(scheme) == "int-quantized":
+    if _format(scheme) != "pack-quantized":
         found = {"weight": tensor.codes, "weight_scale": tensor.scale}
         if tensor.input_scale is not None:
             found["input_scale"] = tensor.input_scale
@@ -268,7 +293,7 @@ def _read_schemes(config: dict[str, Any], directory: Path) -> Callable[[str], Sc
             where=where,
             fix="export the model as compressed-tensors",
         )
-    read = [(group["targets"], _read_scheme(group)) for group in groups]
+    read = [(group["targets"], _read_scheme(group, where)) for group in groups]
 
     def scheme_of(name: str) -> Scheme:
         for by_name in (True, False):  # names go before classes
@@ -287,22 +312,44 @@ def _read_schemes(config: dict[str, Any], directory: Path) -> Callable[[str], Sc
     return scheme_of
 
 
-def _read_scheme(group: dict[str, Any]) -> Scheme:
+def _read_kv_cache(config: dict[str, Any], directory: Path) -> ActivationScheme:
+    keys = ("num_bits", "symmetric", "strategy", "dynamic", "type")
+    scheme = ActivationScheme(**{key: config[key] for key in keys if key in config})
+    if scheme not in KV_CACHE.values():
+        raise RunError(
+            f"the key-value cache is quantized in a form that is not read: {scheme}",
+            where=str(directory / "config.json"),
+            fix="export it with 8 bits, symmetric, and one static scale per tensor",
+        )
+    return scheme
+
+
+def _read_scheme(group: dict[str, Any], where: str) -> Scheme:
     weights, activations = group["weights"], group.get("input_activations")
-    bits = weights["num_bits"]
+    bits, kind = weights["num_bits"], weights.get("type", "int")
+    if (kind == "float" and bits != 8) or weights["strategy"] not in ("tensor", "channel", "group"):
+        raise RunError(
+            f"weights of {bits} bits, type {kind}, with a scale per {weights['strategy']} are not "
+            "read",
+            where=where,
+            fix="export the model with integers, or float8_e4m3fn per channel",
+        )
+    name = f"W{bits}A{activations['num_bits'] if activations else 16}"
     return Scheme(
-        name=f"W{bits}A{activations['num_bits'] if activations else 16}",
+        name="FP8" if kind == "float" and activations else name,
         weights=WeightScheme(
             num_bits=bits,
             symmetric=weights["symmetric"],
             strategy=weights["strategy"],
             group_size=weights.get("group_size"),
+            type=kind,
         ),
         input_activations=ActivationScheme(
             num_bits=activations["num_bits"],
             symmetric=activations["symmetric"],
             strategy=activations["strategy"],
             dynamic=activations["dynamic"],
+            type=activations.get("type", "int"),
         )
         if activations
         else None,

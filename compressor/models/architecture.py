@@ -8,6 +8,7 @@ work without being named here.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -231,6 +232,24 @@ class CausalLM:
     def disk_name(self, name: str) -> str:
         """Key in the checkpoint of a parameter of the model (the name itself if there is none)."""
         return self._disk.get(name, name)
+
+    def disk_path(self, path: str) -> str:
+        """What a module is called in the checkpoint: the path itself unless its parameters have
+        another prefix there."""
+        return self._disk_paths.get(path, path)
+
+    @functools.cached_property
+    def _disk_paths(self) -> dict[str, str]:
+        """Prefixes of the parameters' names in the model, and what stands for them on disk."""
+        found: dict[str, str] = {}
+        for path, key in self._disk.items():
+            while True:
+                path, _, leaf = path.rpartition(".")
+                key, _, theirs = key.rpartition(".")
+                if leaf != theirs or not path or not key or path in found:
+                    break
+                found[path] = key
+        return found
 
     def load_block(self, index: int, device: str | torch.device, dtype: torch.dtype) -> None:
         """Put a block's weights in place."""

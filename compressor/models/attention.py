@@ -4,6 +4,8 @@ torch's CPU kernel works on tiles too small for the matrix units' full rate and 
 causal mask as on none. Here queries go in chunks, each against the keys up to its end only, in
 plain matrix products; heads that share keys are rows of one product. Everything that is not a plain
 causal pass (masks, sliding windows, gradients, other devices) goes to the library's `sdpa`.
+
+A module that has a handler (`HANDLER`) is given its keys and values by it: see `kv_cache.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 
 NAME = "chunked_causal"
+HANDLER = "key_value_handler"  # attribute: (key, value) -> (key, value)
 _CHUNK = 128
 
 
@@ -60,6 +63,9 @@ def _forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' interface of an attention function."""
+    handler = getattr(module, HANDLER, None)
+    if handler is not None:
+        key, value = handler(key, value)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     plain = (
         attention_mask is None

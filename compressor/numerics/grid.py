@@ -1,7 +1,9 @@
-"""Fit an integer grid to weights, and round to it.
+"""Fit a grid to weights, and round to it.
 
 Symmetric grids use the whole signed range, with ``scale = absmax / ((2^b - 1) / 2)``, as
-compressed-tensors' ``calculate_qparams`` does; asymmetric grids always contain zero.
+compressed-tensors' ``calculate_qparams`` does; asymmetric grids always contain zero. The points of
+a grid are integers, or the numbers of float8_e4m3fn, whose steps grow with their size
+(``scale = absmax / 448``).
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from typing import Literal
 
 import torch
 
-from compressor.numerics.quantized import QuantizedTensor
-from compressor.numerics.scheme import WeightScheme
+from compressor.numerics.quantized import CODE_DTYPE, QuantizedTensor
+from compressor.numerics.scheme import FP8_MAX, WeightScheme
 
 Observer = Literal["minmax", "mse", "output"]
 _SHRINK_STEPS = 20
@@ -90,7 +92,7 @@ def _fit(
 def _qparams(
     low: torch.Tensor, high: torch.Tensor, scheme: WeightScheme, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    steps = (1 << scheme.num_bits) - 1
+    steps = scheme.maximum - scheme.minimum
     scale = torch.maximum(-low, high) * 2.0 if scheme.symmetric else high - low
     scale = (scale / steps).to(scale_dtype).float()
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -110,10 +112,12 @@ def _error(
     """[out, groups]: error of the weights, or of their outputs where moments [groups, width, width]
     are given."""
     step = scale.unsqueeze(-1)
-    error = (x / step).round_()
-    if zero is None:
-        error.clamp_(scheme.minimum, scheme.maximum)
+    if scheme.type == "float":
+        error = round_to_float8(x / step)
+    elif zero is None:
+        error = (x / step).round_().clamp_(scheme.minimum, scheme.maximum)
     else:
+        error = (x / step).round_()
         offset = zero.float().unsqueeze(-1)
         error.add_(offset).clamp_(scheme.minimum, scheme.maximum).sub_(offset)
     error.mul_(step).sub_(x)
@@ -130,10 +134,18 @@ def round_to_grid(
     scheme: WeightScheme,
 ) -> torch.Tensor:
     """Float codes of weights on per-element (broadcast) scales; ties go to even."""
+    if scheme.type == "float":
+        return round_to_float8(weight / scale)
     codes = torch.round(weight / scale)
     if zero_point is not None:
         codes = codes + zero_point
     return codes.clamp_(scheme.minimum, scheme.maximum)
+
+
+def round_to_float8(x: torch.Tensor) -> torch.Tensor:
+    """The nearest float8_e4m3fn of float32 numbers, as float32; ties go to the even mantissa, and
+    what lies beyond the largest goes to it."""
+    return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(x.dtype)
 
 
 def quantize(
@@ -153,5 +165,5 @@ def quantize(
         index = g_idx.long()
         zero = None if zero_point is None else zero_point.float()[:, index]
         codes = round_to_grid(weight, scale[:, index], zero, scheme)
-    codes = codes.view(rows, columns).to(torch.int8)
+    codes = codes.view(rows, columns).to(CODE_DTYPE[scheme.type])
     return QuantizedTensor(codes, scale, zero_point, g_idx, scheme)

@@ -8,7 +8,9 @@
 
 Activations are rounded as vLLM's dynamic per-token int8 kernels do: scale = absmax / 127, codes in
 [-127, 127] (csrc/quantization/w8a8/int8: ``dynamic_scaled_int8_quant``); static ones as its
-``static_scaled_int8_quant``, with a given scale and codes in [-128, 127].
+``static_scaled_int8_quant``, with a given scale and codes in [-128, 127]. float8_e4m3fn ones are
+rounded as its ``QuantFP8.forward_native`` (layers/quantization/input_quant_fp8.py) does: scale =
+absmax / 448 and at least 1 / (448 * 512), inputs multiplied by its reciprocal and saturated.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import torch
 from torch import nn
 
 from compressor.numerics.quantized import QuantizedTensor
-from compressor.numerics.scheme import ActivationScheme, Scheme
+from compressor.numerics.scheme import FP8_MAX, ActivationScheme, Scheme
 
 INT8_MAX = 127.0
+_FP8_LEAST_SCALE = 1.0 / (FP8_MAX * 512.0)
 _INT4_GROUPS = (32, 64, 128, 256)
 _INT8_COLUMNS = 16  # _weight_int8pack_mm reads 16 columns at a time and past the end of others
 # Rows from which a weight-only kernel loses to dequantizing into a dense bfloat16 product, measured
@@ -51,8 +54,7 @@ class Dequantized(Kernel):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.activations is not None:
-            codes, scale = quantize_rows(x, self.input_scale)
-            x = (codes.float() * scale).to(x.dtype)
+            x = rounded(x, self.activations, self.input_scale)
         return nn.functional.linear(x, self.weight)
 
 
@@ -155,7 +157,7 @@ def select(tensor: QuantizedTensor, scheme: Scheme, dtype: torch.dtype) -> Kerne
 
     Weight-only kernels compute in bfloat16 and so need activations in it.
     """
-    if tensor.codes.device.type != "cpu":
+    if tensor.codes.device.type != "cpu" or tensor.codes.dtype != torch.int8:
         return None
     weights, activations = scheme.weights, scheme.input_activations
     channel = weights.strategy == "channel" and weights.symmetric
@@ -183,3 +185,29 @@ def quantize_rows(
     scale = values.abs().amax(-1, keepdim=True).div_(INT8_MAX)
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
     return torch.round(values / safe).to(torch.int8), scale
+
+
+def quantize_rows_fp8(
+    x: torch.Tensor, fixed: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float8_e4m3fn codes [n, in] of activations, and their scale as `quantize_rows` gives it."""
+    values = x.float()
+    if fixed is None:
+        fixed = (values.abs().amax(-1, keepdim=True) / FP8_MAX).clamp_min_(_FP8_LEAST_SCALE)
+    codes = (values * fixed.reciprocal()).clamp_(-FP8_MAX, FP8_MAX)
+    return codes.to(torch.float8_e4m3fn), fixed
+
+
+def rounded(
+    x: torch.Tensor, scheme: ActivationScheme, fixed: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What is left of activations [..., in] that are rounded by a scheme, in their own dtype.
+
+    Args:
+        x: activations.
+        scheme: 8-bit integers or floats, symmetric.
+        fixed: float32 [1], the scale of static ones.
+    """
+    quantizer = quantize_rows_fp8 if scheme.type == "float" else quantize_rows
+    codes, scale = quantizer(x, fixed)
+    return (codes.float() * scale).to(x.dtype)

@@ -1,4 +1,4 @@
-"""A weight held as integer codes and scales."""
+"""A weight held as codes in few bits, and scales."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import torch
 
 from compressor.numerics.scheme import WeightScheme
 
+CODE_DTYPE = {"int": torch.int8, "float": torch.float8_e4m3fn}
+
 
 @dataclass
 class QuantizedTensor:
     """Weight [out, in] as ``(codes - zero_point) * scale``.
 
     Attributes:
-        codes: int8 [out, in], in [-2^(b-1), 2^(b-1) - 1].
+        codes: [out, in]: int8 in [-2^(b-1), 2^(b-1) - 1], or float8_e4m3fn for scheme FP8.
         scale: float32 [out, groups].
         zero_point: int8 [out, groups] on the codes' own offset; None when symmetric.
         g_idx: int32 [in], the group of each column; None when groups are contiguous.
         scheme: the grid.
-        input_scale: float32 [1], scale of the layer's int8 inputs; None when they get theirs while
-            running, or are not quantized.
+        input_scale: float32 [1], scale of the layer's 8-bit inputs; None when they get theirs
+            while running, or are not quantized.
     """
 
     codes: torch.Tensor
@@ -34,8 +36,9 @@ class QuantizedTensor:
         """Raise ValueError when shapes, dtypes or codes contradict the scheme."""
         out, columns = self.codes.shape
         groups = self.scheme.groups(columns)
-        if self.codes.dtype != torch.int8:
-            raise ValueError(f"codes are {self.codes.dtype}, not int8")
+        dtype = CODE_DTYPE[self.scheme.type]
+        if self.codes.dtype != dtype:
+            raise ValueError(f"codes are {self.codes.dtype}, not {dtype}")
         if tuple(self.scale.shape) != (out, groups):
             raise ValueError(f"scale is {tuple(self.scale.shape)}, not {(out, groups)}")
         if not bool(torch.isfinite(self.scale).all()):
@@ -49,8 +52,8 @@ class QuantizedTensor:
                 raise ValueError(
                     f"zero_point is {tuple(self.zero_point.shape)}, not {(out, groups)}"
                 )
-        low, high = int(self.codes.min()), int(self.codes.max())
-        if low < self.scheme.minimum or high > self.scheme.maximum:
+        low, high = float(self.codes.float().min()), float(self.codes.float().max())
+        if not (low >= self.scheme.minimum and high <= self.scheme.maximum):  # or not a number
             raise ValueError(
                 f"codes reach from {low} to {high}, beyond {self.scheme.num_bits} bits"
             )

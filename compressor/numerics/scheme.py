@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 DEFAULT_GROUP_SIZE = 128
+FP8_MAX = 448  # largest float8_e4m3fn (OCP 8-bit floating point specification, table 2)
+
+NumberType = Literal["int", "float"]
 
 
 @dataclass(frozen=True)
@@ -18,20 +21,22 @@ class WeightScheme:
         symmetric: zero is code 0 and no zero point is stored.
         strategy: one scale per tensor, per output channel, or per group of input columns.
         group_size: columns per group, for strategy ``group``.
+        type: codes are integers, or floating-point numbers of 8 bits (float8_e4m3fn).
     """
 
     num_bits: int
     symmetric: bool = True
     strategy: Literal["tensor", "channel", "group"] = "channel"
     group_size: int | None = None
+    type: NumberType = "int"
 
     @property
     def minimum(self) -> int:
-        return -(1 << (self.num_bits - 1))
+        return -FP8_MAX if self.type == "float" else -(1 << (self.num_bits - 1))
 
     @property
     def maximum(self) -> int:
-        return (1 << (self.num_bits - 1)) - 1
+        return FP8_MAX if self.type == "float" else (1 << (self.num_bits - 1)) - 1
 
     def groups(self, in_features: int) -> int:
         """Number of scales per output row.
@@ -57,9 +62,19 @@ class ActivationScheme:
     symmetric: bool = True
     strategy: Literal["token", "tensor"] = "token"
     dynamic: bool = True
+    type: NumberType = "int"
+
+    @property
+    def maximum(self) -> float:
+        """Code of the largest magnitude that a scale spans."""
+        return float(FP8_MAX if self.type == "float" else (1 << (self.num_bits - 1)) - 1)
 
 
 STATIC = ActivationScheme(strategy="tensor", dynamic=False)
+FP8 = ActivationScheme(type="float")
+FP8_STATIC = ActivationScheme(strategy="tensor", dynamic=False, type="float")
+# Of cached keys and values: one static scale for the keys of a layer and one for its values.
+KV_CACHE = {"int8": STATIC, "fp8": FP8_STATIC}
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,11 @@ class Scheme:
     weights: WeightScheme
     input_activations: ActivationScheme | None = None
 
+    @property
+    def static_activations(self) -> bool:
+        """Whether inputs have one scale, from calibration."""
+        return self.input_activations is not None and not self.input_activations.dynamic
+
     @classmethod
     def parse(
         cls,
@@ -78,10 +98,10 @@ class Scheme:
         symmetric: bool = True,
         static_activations: bool = False,
     ) -> Scheme:
-        """From a name W{2,3,4,8}A{16,8}.
+        """From a name W{2..8}A{16,8}, or FP8 (weights and activations float8_e4m3fn).
 
         Args:
-            name: such as ``W8A8`` or ``W4A16``.
+            name: such as ``W8A8``, ``W4A16`` or ``FP8``.
             group_size: input columns per scale; -1 for one scale per output channel; None for
                 the default (channel for 8-bit weights, groups of 128 below).
             symmetric: of the weights' grid.
@@ -89,12 +109,22 @@ class Scheme:
                 token; only with 8-bit activations.
 
         Raises:
-            ValueError: the name is not of that form, the group size is not positive, or 16-bit
-                activations are to be static.
+            ValueError: the name is not of that form, the group size is not positive, 16-bit
+                activations are to be static, or FP8 is to have groups or zero points.
         """
-        match = re.fullmatch(r"W([2348])A(16|8)", name)
+        if name == "FP8":
+            if group_size not in (None, -1) or not symmetric:
+                raise ValueError(
+                    "scheme FP8 has one scale per output channel and no zero points: leave out "
+                    "group_size and symmetric"
+                )
+            weights = WeightScheme(8, type="float")
+            return cls(name, weights, FP8_STATIC if static_activations else FP8)
+        match = re.fullmatch(r"W([2-8])A(16|8)", name)
         if not match:
-            raise ValueError(f"unknown scheme {name!r}: write W{{2,3,4,8}}A{{16,8}}, such as W4A16")
+            raise ValueError(
+                f"unknown scheme {name!r}: write W{{2..8}}A{{16,8}}, such as W4A16, or FP8"
+            )
         bits, activation_bits = int(match[1]), int(match[2])
         if group_size is None and bits < 8:
             group_size = DEFAULT_GROUP_SIZE

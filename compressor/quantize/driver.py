@@ -11,10 +11,12 @@ kept in float32.
 
 Output, format-neutral and readable block by block:
 
-    block-00000.safetensors   {linear}.codes int8 [out, in], .scale float32 [out, groups],
+    block-00000.safetensors   {linear}.codes int8 or float8_e4m3fn [out, in],
+                              .scale float32 [out, groups],
                               .zero_point int8 [out, groups], .g_idx int32 [in] and
                               .input_scale float32 [1] where used;
-                              {parameter}.replaced: unquantized tensors that a transform changed
+                              {parameter}.replaced: unquantized tensors that a transform changed;
+                              {attention}.k_scale, .v_scale float32 [1]: of a low-bit cache
     layers.jsonl              one line per linear: scheme, error, RTN's error, fallback
 """
 
@@ -42,10 +44,10 @@ from compressor.models.architecture import BlockInputs, CausalLM, LinearRef
 from compressor.models.checkpoint import read_file
 from compressor.models.experts import UnfusedExperts
 from compressor.models.folding import Producer, find_producers
-from compressor.numerics.kernels import INT8_MAX
+from compressor.models.kv_cache import KEY, VALUE, CacheObserver, check_attention, no_cache
 from compressor.numerics.memory import free_bytes, keep_freed_pages
 from compressor.numerics.quantized import QuantizedTensor
-from compressor.numerics.scheme import STATIC, Scheme
+from compressor.numerics.scheme import ActivationScheme, Scheme
 from compressor.quantize.activations import allocate, fits_memory
 from compressor.quantize.devices import solving_devices, spread
 from compressor.quantize.registry import (
@@ -55,7 +57,7 @@ from compressor.quantize.registry import (
     Transform,
     WeightResult,
 )
-from compressor.quantize.statistics import InputStatistics
+from compressor.quantize.statistics import InputStatistics, fit_to_rounded_inputs
 from compressor.quantize.suspended import run_suspended
 
 CHECKPOINT_SECONDS = float(os.environ.get("COMPRESSOR_CHECKPOINT_SECONDS", "20"))
@@ -63,6 +65,7 @@ LAYERS = "layers.jsonl"
 _RESUME = "resume.safetensors"
 _KEPT_STREAMS = 8  # activations of the block's width that a waiting batch keeps alive, at most
 _KEPT_SHARE = 0.4  # of the free memory that waiting batches may take
+_TRANSFORM_TOKENS = 16384
 FEW_TOKENS = 0.25  # inputs per column that a layer's statistics need to be used
 FOLD_TOLERANCE = 1e-3  # relative change of a block's output that rounding alone explains
 
@@ -83,6 +86,7 @@ def quantize_model(
     exceptions: Mapping[str, Algorithm] | None = None,
     tokens: np.ndarray | None = None,
     ignore: Sequence[str] = (),
+    kv_cache: ActivationScheme | None = None,
     batch_size: int = 8,
     all_experts: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -100,8 +104,11 @@ def quantize_model(
         transforms: applied to each block before the algorithm, in this order.
         refinements: applied to what the algorithm made of the block, in this order.
         exceptions: algorithms of linears that another than ``algorithm`` quantizes, by name.
-        tokens: int32 [samples, length], needed when the algorithm or a transform has statistics.
+        tokens: int32 [samples, length], needed when the algorithm or a transform has statistics,
+            and for ``kv_cache``.
         ignore: names or regular expressions of linears to leave as they are.
+        kv_cache: static scheme of cached keys and values, whose scales are found from what the
+            quantized blocks' attention is given.
         batch_size: samples per forward; lowered to a divisor of the number of samples, and further
             where a device runs out of memory.
         all_experts: while statistics are taken, run every token through every expert.
@@ -119,8 +126,8 @@ def quantize_model(
         activations ("memory" or "disk", where they were kept), batch_size (in the end).
 
     Raises:
-        RunError: no linear is left to quantize, a layer's weights cannot take the scheme, or a
-            device has too little memory for one sample.
+        RunError: no linear is left to quantize, a layer's weights cannot take the scheme, the
+            architecture's cache cannot be quantized, or a device has too little memory.
     """
     started = time.perf_counter()
     keep_freed_pages()
@@ -132,11 +139,13 @@ def quantize_model(
     ] + [{"name": name, "reason": reason} for name, reason in model.outside_linears()]
     walk = _Walk(
         model, algorithm, exceptions or {}, transforms, refinements, directory, ignore,
-        all_experts, dtype, device, devices or solving_devices(device),
+        kv_cache, all_experts, dtype, device, devices or solving_devices(device),
         torch.device(device).type == "cuda" if read_ahead is None else read_ahead,
     )  # fmt: skip
+    if kv_cache is not None:
+        check_attention(model)
     first = walk.resume_point()
-    if walk.needs_statistics:
+    if walk.follows_tokens:
         if tokens is None:
             raise RunError("this algorithm needs calibration tokens", fix="add `calibration:`")
         walk.start(tokens, batch_size, first)
@@ -158,10 +167,10 @@ def quantize_model(
     (directory / _RESUME).unlink(missing_ok=True)
     return {
         "seconds": time.perf_counter() - started,
-        "tokens": int(tokens.size) if tokens is not None and walk.needs_statistics else 0,
-        "calibration_dtype": str(dtype).removeprefix("torch.") if walk.needs_statistics else None,
-        "activations": ("disk" if walk.on_disk else "memory") if walk.needs_statistics else None,
-        "batch_size": walk.batch if walk.needs_statistics else None,
+        "tokens": int(tokens.size) if tokens is not None and walk.follows_tokens else 0,
+        "calibration_dtype": str(dtype).removeprefix("torch.") if walk.follows_tokens else None,
+        "activations": ("disk" if walk.on_disk else "memory") if walk.follows_tokens else None,
+        "batch_size": walk.batch if walk.follows_tokens else None,
         "resumed_at_block": first,
         "scheme": algorithm.scheme.to_dict(),
         "coverage": {
@@ -189,6 +198,7 @@ class _Walk:
         refinements: Sequence[LayerRefinement | BlockRefinement],
         directory: Path,
         ignore: Sequence[str],
+        kv_cache: ActivationScheme | None,
         all_experts: bool,
         dtype: torch.dtype,
         device: str,
@@ -204,7 +214,9 @@ class _Walk:
         self.needs_statistics = bool(
             algorithm.options.needs_calibration or transforms or refinements
         )
+        self.follows_tokens = self.needs_statistics or kv_cache is not None
         self.follows_original = bool(self.block_refinements)
+        self.kv_cache = kv_cache
         self.directory = directory
         self.ignore = ignore
         self.all_experts = all_experts
@@ -213,8 +225,7 @@ class _Walk:
         self.devices = list(devices)
         self.read_ahead = read_ahead
         self.channels = bool(transforms) or any(
-            one.scheme.input_activations == STATIC
-            for one in (algorithm, *(exceptions or {}).values())
+            one.scheme.static_activations for one in (algorithm, *(exceptions or {}).values())
         )
         self.masters: dict[int, torch.Tensor] = {}  # float32 weights of the block, by parameter
         # [samples, length, hidden]: what the quantized blocks so far make of the calibration
@@ -234,7 +245,7 @@ class _Walk:
         done = 0
         while _block_file(self.directory, done).exists():
             done += 1
-        if self.needs_statistics:
+        if self.follows_tokens:
             # Blocks can only follow from activations: go back to the last ones that were saved.
             path = self.directory / _RESUME
             saved = 0
@@ -286,7 +297,9 @@ class _Walk:
         left = [r for r in model.linears(index) if is_ignored(r.name, self.ignore)]
         sequential = self.needs_statistics and self._is_sequential(targets)
         statistics: dict[str, InputStatistics] = {}
-        if self.transforms or (self.needs_statistics and not sequential):
+        if sequential and self.transforms:
+            statistics = self._collect(index, targets, samples=self._enough())
+        elif self.needs_statistics and not sequential:
             statistics = self._collect(index, targets)
         if self.original is not None:
             self._forward(index, self.original)
@@ -303,9 +316,10 @@ class _Walk:
             seen.update({ref.name: found.tokens if found else None for ref in refs})
 
         ready = False  # whether self.hidden is the next block's input already
+        cache = CacheObserver()
         if sequential and self._suspended_fits(targets):
-            self._solve_suspended(index, targets, solve)
             ready = not self.block_refinements
+            self._solve_suspended(index, targets, solve, cache)
         elif len(self.devices) > 1 and not sequential:
             # The statistics of all are there already: whole groups (experts) go side by side.
             groups = list(_by_input(targets).items())
@@ -322,11 +336,12 @@ class _Walk:
         else:
             for group, refs in _by_input(targets).items():
                 if sequential:
-                    statistics = self._collect(index, refs)
+                    statistics = self._collect(index, refs, last=True)
                 solve(refs, statistics.pop(group, None))
         loss = self._refine_block(index, targets, results)
-        if self.needs_statistics and not last and not ready:
-            self._forward(index, self.hidden)
+        if not ready and (self.kv_cache is not None or (self.needs_statistics and not last)):
+            with self._watching(cache, index):
+                self._forward(index, self.hidden)
         records: list[dict[str, Any]] = [
             {"block": index, "name": r.name, "reason": "ignored by the recipe"} for r in left
         ]
@@ -348,6 +363,11 @@ class _Walk:
                 }
             )
         tensors = {f"{key}.replaced": value for key, value in replaced.items()}
+        if self.kv_cache is not None:
+            scales = cache.scales(self.kv_cache)
+            if not scales:
+                raise no_cache(model, "does not give its keys and values to attention")
+            tensors |= scales
         for name, result in results.items():
             tensors |= _flatten(name, result.tensor)
         model.unload_block(index)
@@ -362,6 +382,15 @@ class _Walk:
             note += "" if self.one_pass else ", one pass per group"
         return f"{note}, activations on disk" if self.on_disk else note
 
+    @contextlib.contextmanager
+    def _watching(self, cache: CacheObserver, index: int, wanted: bool = True) -> Iterator[None]:
+        """Where a cache is to be quantized, look at the keys and values of the finished block."""
+        if self.kv_cache is None or not wanted:
+            yield
+            return
+        with cache.watch(self.model, index):
+            yield
+
     def _checkpoint(self, index: int) -> None:
         """Now and then, save what the next block needs."""
         if self.hidden is None or time.monotonic() - self.saved <= CHECKPOINT_SECONDS:
@@ -372,9 +401,9 @@ class _Walk:
         _save_synced(tensors, self.directory / _RESUME, {"block": str(index + 1)})
         self.saved = time.monotonic()
 
-    def _parts(self) -> list[slice]:
+    def _parts(self, samples: int | None = None) -> list[slice]:
         assert self.hidden is not None
-        return self._split([slice(0, len(self.hidden))])
+        return self._split([slice(0, samples or len(self.hidden))])
 
     def _split(self, parts: Sequence[slice]) -> list[slice]:
         """The same samples in batches of the present size."""
@@ -398,6 +427,16 @@ class _Walk:
         if self.batch not in self.inputs:
             self.inputs[self.batch] = _cast(self.model.embed(self.ids[: self.batch]), self.dtype)
             self.model.unload_outside()
+
+    def _enough(self) -> int | None:
+        """Samples that transforms look at where the quantizer takes statistics of its own: they
+        choose one number a channel. All (None) for experts, of which each sees a few tokens."""
+        assert self.hidden is not None
+        modules = (module for block in self.model.blocks for module in block.modules())
+        if any(isinstance(module, UnfusedExperts) for module in modules):
+            return None
+        samples = -(-_TRANSFORM_TOKENS // self.hidden.shape[1])
+        return min(len(self.hidden), -(-samples // self.batch) * self.batch)
 
     def _is_sequential(self, targets: list[LinearRef]) -> bool:
         return any(
@@ -450,26 +489,32 @@ class _Walk:
         return self.model.run_block(index, hidden.to(self.device), self.inputs[len(hidden)])
 
     def _collect(
-        self, index: int, targets: list[LinearRef], parts: Sequence[slice] | None = None
+        self,
+        index: int,
+        targets: list[LinearRef],
+        *,
+        last: bool = False,
+        samples: int | None = None,
+        parts: Sequence[slice] | None = None,
     ) -> dict[str, InputStatistics]:
-        """Run the block over the calibration set, or some of it; one statistic for each distinct
-        input."""
+        """Run the block over the calibration set, its first ``samples`` or some parts of it; one
+        statistic for each distinct input."""
         while True:
-            parts = self._parts() if parts is None else self._split(parts)
+            parts = self._parts(samples) if parts is None else self._split(parts)
             with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                return self._observe(index, targets, parts)
+                return self._observe(index, targets, parts, last)
             self._lower_batch()
 
     @torch.no_grad()
     def _observe(
-        self, index: int, targets: list[LinearRef], parts: Sequence[slice]
+        self, index: int, targets: list[LinearRef], parts: Sequence[slice], last: bool
     ) -> dict[str, InputStatistics]:
         assert self.hidden is not None
         found: dict[str, InputStatistics] = {}
         fired: set[str] = set()
         handles = []
         for group, refs in _by_input(targets).items():
-            found[group] = self._statistics(refs)
+            found[group] = self._statistics(refs, last)
 
             def hook(_: torch.nn.Module, args: tuple, group: str = group) -> None:
                 fired.add(group)
@@ -495,14 +540,16 @@ class _Walk:
         index: int,
         targets: list[LinearRef],
         solve: Callable[[list[LinearRef], InputStatistics | None], None],
+        cache: CacheObserver,
     ) -> None:
         """Take statistics, solve, and run the block in one pass. The activations become the
         block's output, unless refinements still need its input."""
         assert self.hidden is not None
         hidden = self.hidden
         groups = _by_input(targets)
-        found = {group: self._statistics(refs) for group, refs in groups.items()}
+        found = {group: self._statistics(refs, last=True) for group, refs in groups.items()}
         left = dict(enumerate(self._parts()))  # by number, those that have not come to the end
+        watching = functools.partial(self._watching, cache, index, not self.block_refinements)
 
         def run(number: int) -> None:
             out = self._run(index, hidden[left[number]])
@@ -511,7 +558,7 @@ class _Walk:
             del left[number]
 
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
-            with self._working(index), self._every_expert(index):
+            with watching(), self._working(index), self._every_expert(index):
                 run_suspended(
                     [functools.partial(run, number) for number in left],
                     {group: [ref.module for ref in refs] for group, refs in groups.items()},
@@ -522,13 +569,24 @@ class _Walk:
         # Out of memory, perhaps for the batches that waited: none does from here on. What is not
         # quantized yet gets its statistics by a pass of its own, from those still to meet it.
         self.one_pass = False
+        parts = list(left.values())
         for group in list(found):
-            solve(groups[group], self._collect(index, groups[group], list(left.values()))[group])
+            again = self._collect(index, groups[group], last=True, parts=parts)
+            solve(groups[group], again[group])
         if not self.block_refinements:
-            self._forward(index, hidden, list(left.values()))
+            with watching():
+                self._forward(index, hidden, parts)
 
-    def _statistics(self, refs: list[LinearRef]) -> InputStatistics:
-        return InputStatistics(refs[0].module.in_features, self.device, self.channels)
+    def _statistics(self, refs: list[LinearRef], last: bool = False) -> InputStatistics:
+        """Of the input of linears; ``last`` where no transform will change it any more."""
+        algorithms = [self._algorithm(ref) for ref in refs]
+        rounded = last and all(
+            getattr(one.options, "fit_inputs", False)
+            and one.scheme.input_activations == ActivationScheme()
+            for one in algorithms
+        )
+        width = refs[0].module.in_features
+        return InputStatistics(width, self.device, self.channels, rounded)
 
     @contextlib.contextmanager
     def _every_expert(self, index: int) -> Iterator[None]:
@@ -593,12 +651,12 @@ class _Walk:
     ) -> dict[str, WeightResult]:
         """Quantize linears that read the same input, and put the result in place."""
         width = refs[0].module.in_features
-        hessian = None
+        hessian = drift = None
         if self.needs_statistics:
             # Of an expert that hardly any token reached too little is known: with the identity for
             # H every algorithm does what round-to-nearest does.
             if seen is not None and not _undersampled(seen.tokens, width):
-                hessian = seen.take_hessian()
+                hessian, drift = seen.take_hessian(), seen.drift
             else:
                 hessian = torch.eye(width, device=self.device)
         parts: dict[int, list[LinearRef]] = {}
@@ -608,6 +666,9 @@ class _Walk:
         for part in parts.values():
             algorithm = self._algorithm(part[0])
             weights = [self._weight(ref) for ref in part]
+            if drift is not None:
+                assert hessian is not None
+                weights = fit_to_rounded_inputs(weights, hessian, drift, algorithm.options.damp)
             try:
                 found = self._quantize(algorithm, weights, hessian, devices)
             except torch.cuda.OutOfMemoryError as error:
@@ -623,9 +684,11 @@ class _Walk:
                     fix="choose another group_size, or name the layer under `ignore`",
                 ) from error
             for ref, result in zip(part, found, strict=True):
-                if algorithm.scheme.input_activations == STATIC:
+                activations = algorithm.scheme.input_activations
+                if activations is not None and not activations.dynamic:
                     largest = seen.absmax.amax() if seen else torch.zeros(())
-                    result.tensor.input_scale = largest.clamp_min(1e-8).view(1).float() / INT8_MAX
+                    scale = largest.clamp_min(1e-8).view(1).float() / activations.maximum
+                    result.tensor.input_scale = scale
                 if not self.block_refinements:
                     result.rounded = None  # large, and read by nothing from here on
                 self._place(ref, result.tensor)
@@ -800,6 +863,17 @@ def replaced_tensors(directory: Path) -> dict[str, torch.Tensor]:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 if key.endswith(".replaced"):
                     found[key.removesuffix(".replaced")] = file.get_tensor(key).clone()
+    return found
+
+
+def kv_scales(directory: Path) -> dict[str, torch.Tensor]:
+    """Scales of cached keys and values, float32 [1], by name in the checkpoint; may be empty."""
+    found = {}
+    for path in sorted(directory.glob("block-*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                if key.endswith((KEY, VALUE)):
+                    found[key] = file.get_tensor(key).clone()
     return found
 
 

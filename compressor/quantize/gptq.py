@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from compressor.numerics import grid
-from compressor.numerics.quantized import QuantizedTensor
+from compressor.numerics.quantized import CODE_DTYPE, QuantizedTensor
 from compressor.numerics.scheme import Scheme
 from compressor.quantize.registry import SchemeOptions, WeightResult, register, relative_error
 from compressor.quantize.rtn import RTN
@@ -45,6 +45,12 @@ class GPTQOptions(SchemeOptions):
         le=1,
         description="Share of the mean diagonal added to the Hessian; grown tenfold, layer by "
         "layer, where the Cholesky factorisation fails.",
+    )
+    fit_inputs: bool = Field(
+        True,
+        description="With int8 activations that are rounded per token: fit the weights to the "
+        "rounded inputs that they will meet, by least squares, before they are rounded themselves. "
+        "Only with true_sequential.",
     )
     true_sequential: bool = Field(
         True,
@@ -155,7 +161,8 @@ class GPTQ:
         left = (weight if order is None else weight[:, order]).T.clone(
             memory_format=torch.contiguous_format
         )
-        codes = torch.empty_like(left, dtype=torch.int8)
+        kept = CODE_DTYPE[scheme.type]  # float8 cannot be indexed: float32 until the end
+        codes = torch.empty_like(left, dtype=kept if kept == torch.int8 else left.dtype)
         fixed = (order is not None and self.options.static_groups) or scheme.strategy != "group"
         scale = torch.empty(rows, groups, device=weight.device)
         zero = None if scheme.symmetric else torch.empty(rows, groups, device=weight.device)
@@ -207,7 +214,8 @@ class GPTQ:
             if not fixed:
                 g_idx = (unsorted // width).to(torch.int32)
         offsets = None if zero is None else zero.to(torch.int8)
-        tensor = QuantizedTensor(result.contiguous(), scale, offsets, g_idx, scheme)
+        result = result.contiguous().to(kept)
+        tensor = QuantizedTensor(result, scale, offsets, g_idx, scheme)
         return tensor, was.contiguous()
 
     def _fit(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from compressor.numerics.scheme import Scheme
 from compressor.quantize.allocate import Choice, allocate
 from compressor.quantize.driver import is_ignored
 from compressor.quantize.sensitivity import Sensitivity
@@ -92,5 +93,5 @@ def allocate_precision(
 
 
 def code_bits(scheme: str) -> int:
-    """Bits of a weight's code in a scheme named W{bits}A{bits}."""
-    return int(scheme[1])
+    """Bits of a weight's code in a scheme of that name."""
+    return Scheme.parse(scheme).weights.num_bits

@@ -68,7 +68,9 @@ class SchemeOptions(AlgorithmOptions):
     """Options that every weight quantizer has."""
 
     scheme: str = Field(
-        "W4A16", description="Bits of weights and activations: W{2,3,4,8}A{16,8}, such as W4A16."
+        "W4A16",
+        description="Bits of weights and activations: W{2..8}A{16,8}, such as W4A16; or FP8, "
+        "8-bit floating point (float8_e4m3fn) for both.",
     )
     group_size: int | None = Field(
         None,
@@ -181,7 +183,10 @@ class Algorithm(Protocol):
 
 
 class LayerRefinement(Protocol):
-    """Improves a quantized weight by itself (``kind`` is "refinement", ``level`` "layer")."""
+    """Improves a quantized weight by itself (``kind`` is "refinement", ``level`` "layer").
+
+    A refinement that also takes codes of scheme FP8 has ``takes_floats = True``.
+    """
 
     Options: ClassVar[type[AlgorithmOptions]]
     kind: ClassVar[str]

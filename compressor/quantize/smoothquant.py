@@ -5,7 +5,8 @@ for Large Language Models", arXiv 2211.10438. Input channel j of a linear is div
 s_j = max|x_j|^a / max|w_j|^(1-a), and column j of the weight multiplied by it (equation 4). The
 division goes into the layer before, so serving costs nothing. The strength a is searched per input:
 the one with the least output error after rounding both sides wins, 0 being no smoothing. From there
-the scales are learned one by one (`learned_scales`), and kept where that is better still.
+the scales of integer grids are learned one by one (`learned_scales`), and kept where that is better
+still.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch
 from pydantic import Field
 
 from compressor.numerics import grid
-from compressor.numerics.kernels import INT8_MAX, quantize_rows
-from compressor.numerics.scheme import STATIC, Scheme
+from compressor.numerics.kernels import INT8_MAX, rounded
+from compressor.numerics.scheme import Scheme
 from compressor.quantize.registry import AlgorithmOptions, register
 from compressor.quantize.statistics import InputStatistics
 
@@ -76,6 +77,8 @@ class SmoothQuant:
             error = _rounding_error(weights, rows, absmax, trial, scheme)
             if error < least:
                 best, least = trial, error
+        if scheme.input_activations.type == "float":
+            return best  # its steps follow the numbers: the model of what is learned is not its own
         learned = learned_scales(weights, rows, absmax, best, scheme)
         error = _rounding_error(weights, rows, absmax, learned, scheme)
         return learned if error < least else best
@@ -108,7 +111,7 @@ def learned_scales(
     """
     steps = 2.0**scheme.weights.num_bits - 1
     groups = scheme.weights.groups(rows.shape[1])
-    inputs = rows.abs() if scheme.input_activations != STATIC else absmax.unsqueeze(0)
+    inputs = absmax.unsqueeze(0) if scheme.static_activations else rows.abs()
     moment = rows.square().mean(0)
     terms = []
     for weight in weights:
@@ -153,17 +156,17 @@ def _rounding_error(
     scheme: Scheme,
 ) -> float:
     """Summed relative output error of the linears with both sides rounded to nearest."""
-    fixed = None
-    if scheme.input_activations == STATIC:
-        fixed = (absmax / scale).amax().clamp_min(1e-8).view(1) / INT8_MAX
-    codes, step = quantize_rows(rows / scale, fixed)
-    rounded = codes.float() * step
+    activations, fixed = scheme.input_activations, None
+    assert activations is not None
+    if scheme.static_activations:
+        fixed = (absmax / scale).amax().clamp_min(1e-8).view(1) / activations.maximum
+    inputs = rounded(rows / scale, activations, fixed)
     error = 0.0
     for weight in weights:
         scaled = weight * scale
         points, zero = grid.fit_grid(scaled, scheme.weights)
         approximate = grid.quantize(scaled, points, zero, scheme.weights).dequantize()
         exact = rows @ weight.T
-        difference = rounded @ approximate.T - exact
+        difference = inputs @ approximate.T - exact
         error += float(difference.square().sum() / exact.square().sum().clamp_min(1e-30))
     return error

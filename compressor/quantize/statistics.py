@@ -3,7 +3,11 @@ the size of each channel, and some rows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from compressor.numerics.kernels import quantize_rows
 
 _LEAF = 256
 _ROWS_PER_UPDATE = 64
@@ -17,13 +21,21 @@ class InputStatistics:
         in_features: width of the input.
         device: where the statistics are held (float32).
         channels: also keep each channel's size and some rows, not the second moments alone.
+        rounded: take the second moments of the inputs rounded to int8 token by token, as they will
+            be when served, and ``drift``, what the rounding takes away.
     """
 
     def __init__(
-        self, in_features: int, device: str | torch.device = "cpu", channels: bool = True
+        self,
+        in_features: int,
+        device: str | torch.device = "cpu",
+        channels: bool = True,
+        rounded: bool = False,
     ) -> None:
         self.accumulator = HessianAccumulator(in_features, device)
         self._channels = channels
+        self._rounded = rounded
+        self._drift: torch.Tensor | None = None  # from the first input on
         self.absmax = torch.zeros(in_features, dtype=torch.float32, device=device)
         self._abssum = torch.zeros(in_features, dtype=torch.float32, device=device)
         self._divisor: torch.Tensor | None = None
@@ -57,12 +69,28 @@ class InputStatistics:
             whole /= self._divisor.unsqueeze(0) * self._divisor.unsqueeze(1)
         return whole
 
+    @property
+    def drift(self) -> torch.Tensor | None:
+        """2/n sum (x - q) q^T of inputs x and what they are rounded to, q; float32 [in, in].
+        None where they are not rounded, or there were none."""
+        return None if self._drift is None else self._drift * (2.0 / max(self.tokens, 1))
+
     def update(self, x: torch.Tensor) -> None:
         """Add inputs [..., in_features]."""
         flat = x.detach().reshape(-1, x.shape[-1]).to(self.absmax.device)
         if not len(flat):
             return
-        self.accumulator.update(flat)
+        if not self._rounded:
+            self.accumulator.update(flat)
+        else:
+            if self._drift is None:
+                width = flat.shape[1]
+                self._drift = torch.zeros(width, width, device=self.absmax.device)
+            codes, step = quantize_rows(flat)
+            lost = (flat.float() - codes.float().mul_(step)).to(flat.dtype)
+            near = codes.to(flat.dtype).mul_(step.to(flat.dtype))
+            self.accumulator.update(near)
+            _add(self._drift, lost, near)
         if not self._channels:
             return
         flat = flat.float()
@@ -81,6 +109,31 @@ class InputStatistics:
 
     def _divided(self, x: torch.Tensor) -> torch.Tensor:
         return x if self._divisor is None else x / self._divisor
+
+
+def fit_to_rounded_inputs(
+    weights: Sequence[torch.Tensor], hessian: torch.Tensor, drift: torch.Tensor, damp: float
+) -> list[torch.Tensor]:
+    """The weights that make of rounded inputs q what the given ones make of exact inputs x, as
+    nearly as a linear map can: W + W D (H + damp)^-1, with H of q and D = 2/n sum (x - q) q^T.
+
+    Channels that rounding wipes out are made up for by those that they go with. (Qronos, arXiv
+    2505.11695, and GPTAQ, arXiv 2504.02692, correct the inputs' errors likewise.)
+
+    Args:
+        weights: float32 [out, in] of every linear that reads the input.
+        hessian: float32 [in, in], of the rounded inputs.
+        drift: float32 [in, in].
+        damp: share of the mean diagonal added to the Hessian.
+    """
+    damped = hessian.clone()
+    diagonal = torch.diagonal(damped)
+    diagonal += damp * diagonal.mean().clamp_min(1e-20)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed):
+        return list(weights)
+    correction = torch.cholesky_solve(drift.T.contiguous(), lower).T  # D H^-1
+    return [weight + weight @ correction for weight in weights]
 
 
 class HessianAccumulator:

@@ -12,9 +12,10 @@ import numpy as np
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
+from compressor.numerics.scheme import Scheme
 from compressor.report.plots import STYLE, Plot, render
 
-_BITS = (2, 3, 4, 8)
+_BITS = tuple(range(2, 9))
 _PLACE = re.compile(r"\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -66,7 +67,7 @@ def _grid(layers: list[Mapping[str, Any]]) -> tuple[list[str], np.ndarray]:
         found = _PLACE.search(layer["name"])
         if found and layer["scheme"]:
             kind = _EXPERT.sub(".experts.", f".{found[2]}").lstrip(".")
-            placed[kind, int(found[1])] = int(layer["scheme"][1])
+            placed[kind, int(found[1])] = Scheme.parse(layer["scheme"]).weights.num_bits
     kinds = list(dict.fromkeys(kind for kind, _ in placed))
     values = np.full((len(kinds), 1 + max((block for _, block in placed), default=0)), np.nan)
     for (kind, block), bits in placed.items():

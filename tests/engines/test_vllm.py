@@ -60,13 +60,13 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_served_int4_agrees_with_our_own_model(
     python: Path, artifacts: Path, tmp_path: Path
 ) -> None:
-    result = check(python, artifacts / "int4" / "compressed-tensors", tmp_path, least=18)
+    result = check(python, artifacts / "int4" / "compressed-tensors", tmp_path, "--least=18")
     assert result["loads"] and result["prompts"] == 20 and result["agree"] >= 18
 
 
 @pytest.mark.timeout(1500)
 def test_int8_loads_and_answers(python: Path, artifacts: Path, tmp_path: Path) -> None:
-    result = check(python, artifacts / "int8" / "compressed-tensors", tmp_path, least=0)
+    result = check(python, artifacts / "int8" / "compressed-tensors", tmp_path, "--least=0")
     assert result["loads"] and len(result["example"].split()) > 3
 
 
@@ -97,8 +97,21 @@ def test_mixture_of_experts_is_served(
     assert (
         len(experts) == 3 * model.config.num_hidden_layers * {"mixtral": 4, "qwen3_moe": 8}[layout]
     )
-    result = check(python, run / "artifacts" / "int4" / "compressed-tensors", tmp_path, least=15)
+    # The kernels compute in bfloat16 and round activations to int8, so long chains of these random
+    # models part soon; the first tokens, of 49,152, agree only where every expert is in its place.
+    flags = ["--least=15", "--tokens=1", "--dtype=bfloat16", *experts_kernel(python)]
+    result = check(python, run / "artifacts" / "int4" / "compressed-tensors", tmp_path, *flags)
     assert result["loads"] and result["agree"] >= 15
+
+
+def experts_kernel(python: Path) -> list[str]:
+    """Arguments by which vLLM finds a kernel for quantized experts on this CPU."""
+    beside = python.absolute().parent.parent / "zentorch"
+    if beside.is_dir():
+        return [f"--env=PYTHONPATH={beside}"]
+    if not torch.cpu._is_amx_tile_supported():
+        pytest.skip("vLLM runs quantized experts on CPUs with AMX, or with zentorch on AMD's")
+    return []
 
 
 def random_experts(layout: str, tokenizer: Path) -> PreTrainedModel:
@@ -130,9 +143,9 @@ def random_experts(layout: str, tokenizer: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config)
 
 
-def check(python: Path, directory: Path, tmp_path: Path, least: int) -> dict:
+def check(python: Path, directory: Path, tmp_path: Path, *flags: str) -> dict:
     output = tmp_path / "result.json"
-    command = ["scripts/check_vllm.py", str(directory), f"--least={least}", f"--json={output}"]
+    command = ["scripts/check_vllm.py", str(directory), f"--json={output}", *flags]
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,

@@ -10,27 +10,35 @@ import numpy as np
 import pytest
 import torch
 
+from compressor.errors import RunError
 from compressor.export import compressed_tensors as ct
 from compressor.models.architecture import CausalLM
-from compressor.numerics.scheme import Scheme
+from compressor.numerics.scheme import KV_CACHE, Scheme
 from compressor.quantize import registry
-from compressor.quantize.driver import iterate_quantized, quantize_model
+from compressor.quantize.driver import iterate_quantized, kv_scales, quantize_model
+from compressor.stages import _quantized_model
+from compressor.store import StoredStage
 from tests import tiny
 
 
-def make(tmp_path: Path, arch: str, **options: Any) -> tuple[Path, Path, Scheme]:
+def make(
+    tmp_path: Path, arch: str, kv_cache: str | None = None, **options: Any
+) -> tuple[Path, Path, Scheme]:
     """(model, artifact, scheme) of a tiny model quantized by round-to-nearest."""
+    cache = KV_CACHE[kv_cache] if kv_cache else None
     source = tmp_path / "model"
     tiny.build(arch, source)
     cls = registry.get("rtn")
     algorithm = cls(cls.Options(**options), torch.float32)
     tokens = np.random.default_rng(0).integers(4, 300, (4, 32)).astype(np.int32)
-    facts = quantize_model(CausalLM.open(source), algorithm, tmp_path / "codes", tokens=tokens)
+    facts = quantize_model(
+        CausalLM.open(source), algorithm, tmp_path / "codes", tokens=tokens, kv_cache=cache
+    )
     ignore = [entry["name"] for entry in facts["coverage"]["skipped"]]
     artifact = tmp_path / "artifact"
     ct.export(
         source, iterate_quantized(tmp_path / "codes"), ignore,
-        {"tool": "compressor"}, artifact,
+        {"tool": "compressor"}, artifact, kv_cache=cache, kv_scales=kv_scales(tmp_path / "codes"),
     )  # fmt: skip
     return source, artifact, algorithm.scheme
 
@@ -42,6 +50,8 @@ SCHEMES: list[dict[str, Any]] = [
     {"scheme": "W4A16", "group_size": 16},
     {"scheme": "W4A16", "group_size": 16, "symmetric": False},
     {"scheme": "W4A16", "group_size": -1},
+    {"scheme": "FP8"},
+    {"scheme": "FP8", "activations": "static"},
 ]
 
 
@@ -110,8 +120,9 @@ def test_export_is_complete_and_deterministic(tmp_path: Path) -> None:
     assert (again / "SHA256SUMS").read_text() == (artifact / "SHA256SUMS").read_text()
 
 
-def test_several_schemes_in_one_checkpoint(tmp_path: Path) -> None:
-    """Packed 4-bit, packed 8-bit and int8 layers side by side, by name."""
+@pytest.mark.parametrize("eight", ["W8A8", "FP8"])
+def test_several_schemes_in_one_checkpoint(tmp_path: Path, eight: str) -> None:
+    """Packed 4-bit, packed 8-bit and int8 or fp8 layers side by side, by name."""
     source = tmp_path / "model"
     tiny.build("llama", source)
     cls = registry.get("rtn")
@@ -122,16 +133,124 @@ def test_several_schemes_in_one_checkpoint(tmp_path: Path) -> None:
     model = CausalLM.open(source)
     names = [ref.name for ref in model.linears(0)]
     exceptions = {name: made("W8A16") for name in names if "mlp" in name}
-    exceptions |= {name: made("W8A8") for name in names if name.endswith("o_proj")}
+    exceptions |= {name: made(eight) for name in names if name.endswith("o_proj")}
     facts = quantize_model(model, made("W4A16"), tmp_path / "codes", exceptions=exceptions)
     ignore = [entry["name"] for entry in facts["coverage"]["skipped"]]
     ct.export(source, iterate_quantized(tmp_path / "codes"), ignore, {}, tmp_path / "artifact")
     config = json.loads((tmp_path / "artifact" / "config.json").read_text())
     found = config["quantization_config"]
     assert found["format"] == "mixed-precision" and len(found["config_groups"]) == 3
+    formats = {group["format"] for group in found["config_groups"].values()}
+    assert formats == {"pack-quantized", "float-quantized" if eight == "FP8" else "int-quantized"}
     ids = torch.arange(5, 25).unsqueeze(0)
     with torch.no_grad():
         whole = CausalLM.open(source).load_full(torch.float32)(ids).logits
         got = ct.load_model(tmp_path / "artifact")(ids).logits
     assert 0 < float((got - whole).norm() / whole.norm()) < 0.3
     assert ct.load_model(tmp_path / "artifact").get_submodule(names[0]).kernel_name
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_the_formats_own_library_reads_float8(tmp_path: Path, activations: str) -> None:
+    """Its decompressor gives our dequantized weights, bit for bit."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    _, artifact, _ = make(tmp_path, "llama", scheme="FP8", activations=activations)
+    config = json.loads((artifact / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "float-quantized"
+    scheme = QuantizationScheme.model_validate(config["config_groups"]["group_0"])
+    library = BaseCompressor.get_value_from_registry(config["format"])
+    assert library.can_compress(torch.nn.Linear, scheme)
+    source = ct.Checkpoint(artifact)
+    for name, tensor, _ in iterate_quantized(tmp_path / "codes"):
+        assert source.dtype(f"{name}.weight") == torch.float8_e4m3fn
+        assert source.shape(f"{name}.weight_scale") == (tensor.codes.shape[0], 1)
+        assert source.has(f"{name}.input_scale") == (activations == "static")
+        state = {key: source.tensor(f"{name}.{key}") for key in ("weight", "weight_scale")}
+        theirs = library.decompress(state, scheme)["weight"]
+        assert torch.equal(theirs, tensor.dequantize())
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(5, 45).unsqueeze(0), use_cache=False).logits
+
+
+@pytest.mark.parametrize("kv_cache", ["fp8", "int8"])
+@pytest.mark.parametrize("arch", ["llama", "mixtral", "gpt_neox", "opt"])
+def test_low_bit_caches_are_evaluated_as_exported(tmp_path: Path, arch: str, kv_cache: str) -> None:
+    source, artifact, _ = make(tmp_path, arch, kv_cache=kv_cache, scheme="W8A16")
+    manifest = {"result": {"kv_cache": kv_cache}}
+    evaluated = _quantized_model(source, StoredStage("", tmp_path / "codes", manifest), "cpu")
+    config = json.loads((artifact / "config.json").read_text())["quantization_config"]
+    assert config["kv_cache_scheme"] == {
+        "num_bits": 8, "type": "float" if kv_cache == "fp8" else "int", "strategy": "tensor",
+        "symmetric": True, "dynamic": False,
+    }  # fmt: skip
+    loaded = ct.load_model(artifact)
+    torch.testing.assert_close(logits(loaded), logits(evaluated), rtol=0, atol=0)
+    config["kv_cache_scheme"] = None
+    whole = json.loads((artifact / "config.json").read_text()) | {"quantization_config": config}
+    (artifact / "config.json").write_text(json.dumps(whole))
+    plain = logits(ct.load_model(artifact))
+    change = float((logits(loaded) - plain).norm() / plain.norm())
+    assert 0 < change < 0.3
+
+
+def test_transformers_rounds_the_cache_alike(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    _, artifact, _ = make(tmp_path, "llama", kv_cache="fp8", scheme="W8A16")
+    theirs = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32).eval()
+    scales = kv_scales(tmp_path / "codes")
+    attention = theirs.model.layers[1].self_attn
+    assert torch.equal(attention.k_scale.data, scales["model.layers.1.self_attn.k_scale"])
+    got, expected = logits(ct.load_model(artifact)), logits(theirs)
+    attention.quantization_enabled = theirs.model.layers[0].self_attn.quantization_enabled = False
+    plain = logits(theirs)
+    assert float((got - expected).norm()) < 0.02 * float((plain - expected).norm())
+
+
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [
+        ("kv_cache_scheme", {"strategy": "attn_head"}),
+        ("kv_cache_scheme", {"num_bits": 4}),
+        ("weights", {"strategy": "block"}),
+        ("weights", {"num_bits": 4}),
+    ],
+    ids=str,
+)
+def test_forms_that_are_not_read_are_refused(
+    tmp_path: Path, place: str, change: dict[str, Any]
+) -> None:
+    _, artifact, _ = make(tmp_path, "llama", kv_cache="fp8", scheme="FP8")
+    config = json.loads((artifact / "config.json").read_text())
+    found = config["quantization_config"]
+    (found if place in found else found["config_groups"]["group_0"])[place] |= change
+    (artifact / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match="not read") as caught:
+        ct.load_model(artifact)
+    assert caught.value.fix
+
+
+def test_one_scale_per_tensor_is_read(tmp_path: Path) -> None:
+    """As other tools write FP8: the scale of a whole weight is one number."""
+    _, artifact, _ = make(tmp_path, "llama", scheme="FP8")
+    config = json.loads((artifact / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    group["weights"]["strategy"] = "tensor"
+    scheme = ct._read_scheme(group, "")
+    tensors = {
+        "x.weight": torch.ones(4, 8).to(torch.float8_e4m3fn),
+        "x.weight_scale": torch.ones(1),
+    }
+    directory = tmp_path / "one"
+    directory.mkdir()
+    from safetensors.torch import save_file
+
+    save_file(tensors, directory / "model.safetensors")
+    tensor = ct.read_tensor(ct.Checkpoint(directory), "x", scheme)
+    tensor.validate()
+    assert scheme.name == "FP8" and torch.equal(tensor.dequantize(), torch.ones(4, 8))

@@ -18,7 +18,7 @@ from compressor.numerics.scheme import Scheme, WeightScheme
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 1000),
-    bits=st.sampled_from([2, 3, 4, 8]),
+    bits=st.integers(2, 8),
     symmetric=st.booleans(),
     shift=st.sampled_from([-3.0, 0.0, 3.0]),
 )
@@ -58,7 +58,7 @@ def test_zero_groups_stay_zero() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    bits=st.sampled_from([2, 3, 4, 8]),
+    bits=st.integers(2, 8),
     rows=st.integers(1, 9),
     columns=st.sampled_from([8, 32, 64]),
     dim=st.sampled_from([0, 1]),
@@ -87,7 +87,7 @@ def test_scheme_names() -> None:
     assert Scheme.from_dict(Scheme.parse("W4A8", 32, False).to_dict()) == Scheme.parse(
         "W4A8", 32, False
     )
-    for bad in ("W5A16", "w4a16", "W4", "W4A4", ""):
+    for bad in ("W9A16", "W1A16", "w4a16", "W4", "W4A4", ""):
         with pytest.raises(ValueError, match="unknown scheme"):
             Scheme.parse(bad)
     with pytest.raises(ValueError, match="group_size is 0"):

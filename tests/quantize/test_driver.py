@@ -12,6 +12,7 @@ import torch
 from compressor.errors import RunError
 from compressor.models.architecture import CausalLM
 from compressor.models.folding import find_producers
+from compressor.numerics.scheme import KV_CACHE
 from compressor.quantize import driver, registry
 from compressor.quantize.statistics import InputStatistics
 from tests import tiny
@@ -214,6 +215,109 @@ def test_static_scales_span_the_calibrated_inputs(tmp_path: Path) -> None:
         tensor.validate()
 
 
+@pytest.mark.parametrize("name", ["rtn", "gptq"])
+def test_float8_in_and_out(tmp_path: Path, name: str) -> None:
+    tiny.build("llama", tmp_path / "model")
+    quantizer = algorithm(name, scheme="FP8", group_size=None, activations="static")
+    model = CausalLM.open(tmp_path / "model")
+    driver.quantize_model(
+        model, quantizer, tmp_path / "out", tokens=TOKENS, transforms=[smooth(), made("awq")]
+    )
+    found = codes(tmp_path / "out")
+    for tensor in found.values():
+        tensor.validate()
+        assert tensor.codes.dtype == torch.float8_e4m3fn and tensor.input_scale is not None
+        assert float(tensor.codes.float().abs().max()) > 400  # the grid's range is used
+    assert output_error(tmp_path / "model", tmp_path / "out") < 0.1
+
+
+def cached(model_dir: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Largest keys and values, layer by layer, that the quantized model hands to its cache."""
+    from transformers import DynamicCache
+
+    model = CausalLM.open(model_dir).load_full(torch.float32)
+    largest: list[float] = []
+    original = DynamicCache.update
+
+    def update(self: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        largest.extend([float(key.abs().max()), float(value.abs().max())])
+        return original(self, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(DynamicCache, "update", update)
+    with torch.no_grad():
+        for name, tensor, _ in driver.iterate_quantized(out):
+            model.get_submodule(name).weight.copy_(tensor.dequantize())
+        model(torch.from_numpy(TOKENS.astype(np.int64)), use_cache=True)
+    return largest
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize(
+    ("name", "options", "refinements"),
+    [
+        ("rtn", {}, []),
+        ("gptq", {}, []),
+        ("gptq", {"true_sequential": False}, []),
+        ("gptq", {}, [("signround", {"iterations": 3})]),
+    ],
+    ids=["rtn", "gptq", "two passes", "signround"],
+)
+def test_cache_scales_are_those_of_the_quantized_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, name: str,
+    options: dict[str, Any], refinements: list[tuple[str, dict[str, Any]]],
+) -> None:  # fmt: skip
+    tiny.build("llama", tmp_path / "model")
+    model = CausalLM.open(tmp_path / "model")
+    facts = driver.quantize_model(
+        model, algorithm(name, scheme="W3A16", **options), tmp_path / "out", tokens=TOKENS,
+        refinements=[made(step, **o) for step, o in refinements],
+        kv_cache=KV_CACHE[kind], batch_size=3,
+    )  # fmt: skip
+    scales = driver.kv_scales(tmp_path / "out")
+    assert facts["tokens"] == TOKENS.size and len(scales) == 4
+    got = [
+        float(scales[f"model.layers.{layer}.self_attn.{which}_scale"])
+        for layer in range(2)
+        for which in "kv"
+    ]
+    expected = cached(tmp_path / "model", tmp_path / "out", monkeypatch)
+    largest = 448 if kind == "fp8" else 127
+    assert [scale * largest for scale in got] == pytest.approx(expected, rel=1e-4)
+
+
+def test_cache_scales_cost_no_pass_beside_a_sequential_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.build("llama", tmp_path / "model")
+    runs: dict[bool, list[int]] = {False: [], True: []}
+    original = CausalLM.run_block
+    for wanted, seen in runs.items():
+        model = CausalLM.open(tmp_path / "model")
+
+        def count(self: Any, index: int, *args: Any, seen: list[int] = seen) -> Any:
+            seen.append(index)
+            return original(self, index, *args)
+
+        monkeypatch.setattr(CausalLM, "run_block", count)
+        driver.quantize_model(
+            model, algorithm(), tmp_path / str(wanted), tokens=TOKENS, batch_size=3,
+            kv_cache=KV_CACHE["fp8"] if wanted else None,
+        )  # fmt: skip
+    assert runs[True] == runs[False] == [0, 0, 1, 1]
+    plain, scaled = (codes(tmp_path / str(wanted)) for wanted in (False, True))
+    assert all(torch.equal(plain[name].codes, scaled[name].codes) for name in plain)
+
+
+def test_a_cache_that_cannot_be_seen_is_refused_before_any_work(tmp_path: Path) -> None:
+    tiny.build("bloom", tmp_path / "model")
+    with pytest.raises(RunError, match="key-value cache cannot be quantized"):
+        driver.quantize_model(
+            CausalLM.open(tmp_path / "model"), algorithm("rtn"), tmp_path / "out", tokens=TOKENS,
+            kv_cache=KV_CACHE["fp8"],
+        )  # fmt: skip
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_two_transforms_follow_each_other(tmp_path: Path) -> None:
     """Both fold their scales, the second on statistics of what the first has left."""
     tiny.build("llama", tmp_path / "model")
@@ -256,19 +360,23 @@ def test_refinements_bring_the_model_nearer(
             assert layer["block_error"] <= layer["block_error_before"]
 
 
-@pytest.mark.parametrize("follow", [False, True])
+@pytest.mark.parametrize(
+    ("name", "follow", "kv_cache"),
+    [("gptq", False, None), ("gptq", True, "int8"), ("gptq", False, "fp8"), ("rtn", False, "fp8")],
+)
 def test_a_walk_cut_short_goes_on_to_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follow: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, follow: bool, kv_cache: str | None
 ) -> None:
     tiny.build("llama", tmp_path / "model", layers=4)
     monkeypatch.setattr(driver, "CHECKPOINT_SECONDS", 0.0)
-    quantizer = algorithm()
+    quantizer = algorithm(name)
 
     def run(out: str, advance: Any = lambda note: None) -> dict[str, Any]:
         model = CausalLM.open(tmp_path / "model")
         return driver.quantize_model(
             model, quantizer, tmp_path / out, tokens=TOKENS, batch_size=4, advance=advance,
             refinements=[made("signround", iterations=3)] if follow else [],
+            kv_cache=KV_CACHE[kv_cache] if kv_cache else None,
         )  # fmt: skip
 
     class Cut(Exception):

@@ -74,3 +74,21 @@ def test_weight_only_schemes_are_left_alone() -> None:
     weights, statistics = _problem()
     scale = SmoothQuant(SmoothQuantOptions()).scales(weights, statistics, Scheme.parse("W8A16"))
     assert bool((scale == 1).all())
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_float8_search_never_loses(static: bool) -> None:
+    """Rounded as fp8 on both sides; nothing is learned, whose model is of equal steps."""
+    weights, statistics = _problem()
+    scheme = Scheme.parse("FP8", static_activations=static)
+    scale = SmoothQuant(SmoothQuantOptions()).scales(weights, statistics, scheme)
+    largest = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+    absmax = statistics.absmax
+    tried = [torch.ones_like(absmax)]
+    tried += [channel_scales(absmax, largest, a) for a in (0.4, 0.5, 0.6, 0.7, 0.8)]
+    errors = [
+        _rounding_error(weights, statistics.rows, absmax, trial, scheme)
+        for trial in [*tried, scale]
+    ]
+    assert errors[-1] == min(errors)
+    assert any(torch.equal(scale, trial) for trial in tried)

@@ -17,7 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,6 +37,7 @@ class VllmServer:
         log: file that receives the server's output.
         flags: further flags of ``vllm.entrypoints.openai.api_server``.
         start_timeout: seconds to wait for health; the first start compiles.
+        variables: further variables of its environment.
 
     Raises:
         RunError: the server died or did not become healthy; with the tail of its log.
@@ -49,12 +50,14 @@ class VllmServer:
         log: Path,
         flags: Sequence[str] = (),
         start_timeout: float = 600.0,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.python = python
         self.model = model
         self.log = log
         self.flags = tuple(flags)
         self.start_timeout = start_timeout
+        self.variables = dict(variables or {})
         self.port = _free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -78,6 +81,7 @@ class VllmServer:
             "VLLM_NO_USAGE_STATS": "1",
         }
         environment.pop("PYTHONPATH", None)
+        environment |= self.variables
         try:
             with open(self.log, "wb") as output, _interrupt_held():
                 self.process = subprocess.Popen(

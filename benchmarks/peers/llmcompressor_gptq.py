@@ -1,6 +1,6 @@
 """(SmoothQuant and) GPTQ by llmcompressor on given tokens, for `benchmarks/quantizers.py`.
 
-    PYTHON_WITH_LLMCOMPRESSOR benchmarks/peers/llmcompressor.py MODEL TOKENS.npy OUTPUT OPTIONS
+    PYTHON_WITH_LLMCOMPRESSOR benchmarks/peers/llmcompressor_gptq.py MODEL TOKENS.npy OUTPUT OPTIONS
 
 TOKENS is int32 [samples, length]; OPTIONS is JSON: dtype, and either group_size, symmetric and
 actorder for 4-bit weights, or `"scheme": "W8A8"` for SmoothQuant and GPTQ to int8. Writes
