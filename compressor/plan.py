@@ -41,6 +41,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "evaluate": ("numerics", "models", "evaluate"),
     "measure": ("numerics", "models", "export", "measure", "data"),
 }
+_HEAD_MEMORY = 300_000_000  # copies of a part of the output layer while it is solved
 _LIBRARIES = ("torch", "transformers", "compressed-tensors", "tokenizers", "gguf")
 
 
@@ -260,16 +261,27 @@ class _Builder:
             if precision is not None and calibration is not None:
                 inputs.append(self._sensitivity(source, calibration, variant))
                 config["precision"] = precision.model_dump(exclude={"samples"})
+            if variant.lm_head is not None:
+                config["lm_head"] = variant.lm_head.step(variant.quantizer)
             quantized[name] = self.add(
                 f"quantize:{name}",
                 "quantize",
                 config,
                 inputs,
-                speed.quantize(tokens, length, [step.options for step in variant.quantize]),
+                speed.quantize(
+                    tokens,
+                    length,
+                    [step.options for step in variant.quantize],
+                    _head_options(variant),
+                ),
                 variant=name,
             )
             for fmt in recipe.export:
-                exports.append(self._export(name, fmt, [*source, quantized[name]]))
+                exports.append(
+                    self._export(
+                        name, fmt, [*source, quantized[name]], head=variant.lm_head is not None
+                    )
+                )
         if recipe.evaluate is not None and texts and baseline_scores:
             for name, stage in quantized.items():
                 self.add(
@@ -306,7 +318,7 @@ class _Builder:
         """Shared by the variants that ask for the same schemes on the same grids."""
         precision, calibrated = variant.precision, self.recipe.calibration
         assert precision is not None and calibrated is not None
-        quantizer = next(s for s in variant.quantize if registry.get(s.algorithm).kind == "weights")
+        quantizer = variant.quantizer
         config: dict[str, Any] = {
             "schemes": precision.schemes,
             "grid": {
@@ -329,8 +341,11 @@ class _Builder:
             self.speed.sensitivity(tokens, len(precision.schemes)),
         )
 
-    def _export(self, variant: str, fmt: str, inputs: list[str]) -> str:
-        size = self.speed.bytes_per_weight(variant != BASELINE) * self.facts.parameters
+    def _export(self, variant: str, fmt: str, inputs: list[str], head: bool = False) -> str:
+        parameters = self.facts.parameters
+        if head:  # no longer shared with the embeddings
+            parameters += self.facts.vocabulary * self.facts.hidden
+        size = self.speed.bytes_per_weight(variant != BASELINE) * parameters
         return self.add(
             f"export:{variant}:{fmt}",
             "export",
@@ -402,7 +417,25 @@ class _Speed:
         p = self.facts.parameters
         return Estimate(15 + p / 2e7, self.BASE_MEMORY + 6 * p, 2 * p)
 
-    def quantize(self, tokens: int, length: int, options: Sequence[Any]) -> Estimate:
+    def quantize(
+        self, tokens: int, length: int, options: Sequence[Any], head: Sequence[Any] = ()
+    ) -> Estimate:
+        """``options`` of all steps; those that work on the output layer again under ``head``."""
+        found = self._blocks(tokens, length, options)
+        if not head:
+            return found
+        f = self.facts
+        size = f.vocabulary * f.hidden
+        flops = tokens * (f.hidden**2 + 2 * self.block_parameters) + 3 * size * f.hidden
+        flops += sum(o.work(size, f.hidden, length) for o in head)
+        memory = self.BASE_MEMORY + 4 * tokens * f.hidden + 4 * size + _HEAD_MEMORY
+        return Estimate(
+            found.seconds + (flops / self.flops if tokens else size / 2e7),
+            max(found.memory_bytes, memory),
+            found.disk_bytes + int(1.1 * size),
+        )
+
+    def _blocks(self, tokens: int, length: int, options: Sequence[Any]) -> Estimate:
         f, layers = self.facts, self.facts.layers
         hidden = 4 * tokens * f.hidden
         memory = self.BASE_MEMORY + 2 * hidden + 16 * self.block_parameters
@@ -440,6 +473,18 @@ class _Speed:
         )
         memory = self.BASE_MEMORY + variants * 3 * self.facts.parameters
         return Estimate(10 * variants + per_variant * variants, memory, 10_000_000)
+
+
+def _head_options(variant: Variant) -> list[Any]:
+    """Options of the steps that work on the output layer too; none where it is left as it is."""
+    if variant.lm_head is None:
+        return []
+    classes = [(registry.get(step.algorithm), step.options) for step in variant.quantize]
+    return [
+        options
+        for cls, options in classes
+        if cls.kind == "weights" or getattr(cls, "level", None) == "layer"
+    ]
 
 
 def model_facts(resolved: ResolvedSource) -> ModelFacts:

@@ -182,6 +182,38 @@ class Precision(_Section):
         return self
 
 
+class LMHead(_Section):
+    """Quantize the output layer too, by the variant's quantizer and the refinements that work layer
+    by layer, on a symmetric grid of its own. Where it shares the embeddings' weight, the embeddings
+    stay as they are and are stored besides."""
+
+    scheme: Literal["W8A16", "W4A16", "W8A8"] = Field(
+        "W8A16",
+        description="Bits of weights and activations (vLLM on a CPU loads W4A16 and W8A8).",
+    )
+    group_size: int | None = Field(
+        None,
+        description="Input columns that share a scale; -1 for one scale per output channel (per "
+        "token of the vocabulary). Default: one per channel for 8 bits, the quantizer's for 4.",
+    )
+
+    @model_validator(mode="after")
+    def _loads(self) -> LMHead:
+        Scheme.parse(self.scheme, self.group_size)
+        if self.scheme == "W8A8" and self.group_size not in (None, -1):
+            raise ValueError("W8A8 has one scale per output channel: remove group_size")
+        return self
+
+    def step(self, quantizer: Step) -> dict[str, Any]:
+        """The quantizer with its options for the output layer, in the form of `Step.dump`."""
+        ((name, options),) = quantizer.dump().items()
+        group_size = self.group_size
+        if group_size is None and self.scheme == "W4A16":
+            group_size = options["group_size"]
+        own = {"scheme": self.scheme, "group_size": group_size}
+        return {name: options | own | {"symmetric": True, "activations": "dynamic"}}
+
+
 class Variant(_Section):
     """One way to compress the model."""
 
@@ -203,6 +235,14 @@ class Variant(_Section):
         "for the keys of a layer and one for its values, from calibration. vLLM 0.32 serves fp8 "
         "and refuses a checkpoint with int8 scales.",
     )
+    lm_head: LMHead | None = Field(
+        None, description="Quantize the output layer (lm_head) too; left as it is when absent."
+    )
+
+    @property
+    def quantizer(self) -> Step:
+        """The step that turns weights into codes."""
+        return next(s for s in self.quantize if registry.get(s.algorithm).kind == "weights")
 
     @field_validator("quantize")
     @classmethod
@@ -228,6 +268,18 @@ class Variant(_Section):
             except re.error as error:
                 raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return patterns
+
+    @model_validator(mode="after")
+    def _head_can_be_quantized(self) -> Variant:
+        if self.lm_head is None:
+            return self
+        if not isinstance(self.quantizer.options, registry.SchemeOptions):
+            raise ValueError(
+                f"`lm_head:` needs a quantizer with schemes; {self.quantizer.algorithm} has none"
+            )
+        if any(re.fullmatch(pattern, "lm_head") for pattern in self.ignore):
+            raise ValueError("`lm_head:` asks to quantize what `ignore` leaves as it is")
+        return self
 
 
 class EvaluationText(TextSource):

@@ -199,23 +199,27 @@ def quantize(context: Context) -> dict[str, Any]:
     import numpy as np
     import torch
 
+    from compressor.export import compressed_tensors as formats
     from compressor.models.architecture import CausalLM
     from compressor.numerics.scheme import KV_CACHE
     from compressor.quantize.driver import calibration_dtype, quantize_model
 
-    transforms, algorithm, refinements = algorithms(
-        context.config["steps"], _scale_dtype(context.need("load"))
-    )
+    scale_dtype = _scale_dtype(context.need("load"))
+    transforms, algorithm, refinements = algorithms(context.config["steps"], scale_dtype)
     calibration = context.find("calibrate")
     tokens = np.load(calibration.path / "tokens.npy") if calibration else None
     model = CausalLM.open(context.model_dir)
+    head = None
+    if "lm_head" in context.config:
+        formats.check_head(model)
+        head = algorithms([context.config["lm_head"]], scale_dtype)[1]
     exceptions, allocation = _allocation(context)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = context.config.get("dtype", "auto")
     dtype = getattr(torch, wanted, None) or calibration_dtype(model.config.dtype, device)
     kv_cache = context.config.get("kv_cache")
     title = f"quantize {context.stage.variant}"
-    with context.progress.task(title, len(model.blocks)) as task:
+    with context.progress.task(title, len(model.blocks) + (head is not None)) as task:
 
         def advance(note: str) -> None:
             task.update(note=note)
@@ -228,6 +232,7 @@ def quantize(context: Context) -> dict[str, Any]:
             transforms=transforms,
             refinements=refinements,
             exceptions=exceptions,
+            head=head,
             tokens=tokens,
             ignore=context.config["ignore"],
             kv_cache=KV_CACHE[kv_cache] if kv_cache else None,
@@ -275,6 +280,7 @@ def export(context: Context) -> dict[str, Any]:
                 replaced=replaced_tensors(quantized.path),
                 kv_cache=KV_CACHE[kv_cache] if kv_cache else None,
                 kv_scales=kv_scales(quantized.path),
+                head=quantized.result["head"],
             )
     size = sum(p.stat().st_size for p in target.iterdir())
     return {"format": context.config["format"], "size_bytes": size}
@@ -440,6 +446,10 @@ def _quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn
 
     model = CausalLM.open(directory)
     refs = {ref.name: ref for i in range(len(model.blocks)) for ref in model.linears(i)}
+    if (head := model.head()) is not None:
+        refs[head.name] = head
+    if quantized.result["head"] is not None:
+        model.untie_head()
     for name, tensor, scheme in iterate_quantized(quantized.path):
         ref = refs[name]
         bias = model.checkpoint.tensor(f"{name}.bias") if ref.module.bias is not None else None

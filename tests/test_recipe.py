@@ -56,6 +56,32 @@ def test_defaults_are_filled_in_and_locked(tmp_path: Path) -> None:
     assert again.lock() == lock  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("head", "scheme", "group_size"),
+    [
+        ("{}", "W8A16", None),
+        ("{scheme: W4A16}", "W4A16", 64),  # the quantizer's
+        ("{scheme: W4A16, group_size: 32}", "W4A16", 32),
+        ("{scheme: W4A16, group_size: -1}", "W4A16", -1),
+        ("{scheme: W8A8}", "W8A8", None),
+    ],
+)
+def test_the_output_layer_has_a_scheme_of_its_own(
+    tmp_path: Path, head: str, scheme: str, group_size: int | None
+) -> None:
+    text = GOOD.replace("group_size: 64", "group_size: 64, symmetric: false, desc_act: true")
+    recipe = load(tmp_path, text + f"    lm_head: {head}\n")
+    variant = recipe.variants["int4"]  # type: ignore[attr-defined]
+    (options,) = variant.lm_head.step(variant.quantizer).values()
+    assert options["scheme"] == scheme and options["group_size"] == group_size
+    assert options["symmetric"] and options["desc_act"]
+    registry.get("gptq").Options(**options)
+    again = load(tmp_path, yaml.safe_dump(recipe.lock()))  # type: ignore[attr-defined]
+    assert again.lock() == recipe.lock()  # type: ignore[attr-defined]
+    plain = load(tmp_path, text).variants["int4"]  # type: ignore[attr-defined]
+    assert plain.lm_head is None
+
+
 def test_an_algorithm_may_be_named_alone(tmp_path: Path) -> None:
     text = "version: 1\nmodel: {source: a/b}\nvariants: {v: {quantize: [rtn]}}\n"
     (step,) = load(tmp_path, text).variants["v"].quantize  # type: ignore[attr-defined]
@@ -134,6 +160,11 @@ def test_an_algorithm_may_be_named_alone(tmp_path: Path) -> None:
             "the scales of kv_cache need a `calibration:`",
         ),
         (GOOD + "evaluate: {texts: [{name: a/b, source: x}]}\n", 8, "match pattern"),
+        (GOOD + "    lm_head: {scheme: W3A16}\n", 8, "'W8A16', 'W4A16' or 'W8A8'"),
+        (GOOD + "    lm_head: {group_size: 0}\n", 8, "must be positive"),
+        (GOOD + "    lm_head: {scheme: W8A8, group_size: 64}\n", 8, "remove group_size"),
+        (GOOD + "    lm_head: {symmetric: false}\n", 8, "unknown key 'symmetric'"),
+        (GOOD + "    lm_head: {}\n    ignore: [lm_.*]\n", 5, "what `ignore` leaves as it is"),
         (GOOD + "measure: {workload: {concurrency: [0]}}\n", 8, "greater than or equal to 1"),
     ],
 )

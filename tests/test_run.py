@@ -192,6 +192,57 @@ def test_float8_and_its_cache_from_recipe_to_report(project: Path) -> None:
     assert cached["quantize:fp8"]
 
 
+def test_a_quantized_output_layer_is_evaluated_exported_and_measured(project: Path) -> None:
+    recipe = json.loads(json.dumps(RECIPE))
+    int4 = RECIPE["variants"]["int4"]["quantize"]
+    recipe["variants"] = {
+        "plain": {"quantize": int4},
+        "head": {"quantize": int4, "lm_head": {"scheme": "W8A16"}},
+        "rotated": {"quantize": [{"rotation": {}}, *int4], "lm_head": {"scheme": "W4A16"}},
+        "mixed": {"quantize": int4, "precision": {"mean_bits": 5}, "lm_head": {"scheme": "W8A8"}},
+    }
+    workload = {"input_length": 8, "output_length": 4, "requests": 2, "rounds": 2,
+                "concurrency": [1]}  # fmt: skip
+    recipe["measure"] = {"workload": workload, "dtype": "bfloat16"}
+    write(project, recipe)
+    done = compress(project)
+    assert done.returncode == 0, done.stderr
+    made = report(project)
+    variants = {v["name"]: v for v in made["variants"]}
+    assert all(v["status"] == "ok" for v in variants.values())
+    schemes = {
+        name: {row["name"]: row["scheme"] for row in v["quantization"]["layers"]}
+        for name, v in variants.items()
+        if v["quantization"]
+    }
+    assert "lm_head" not in schemes["plain"]
+    heads = {name: of["lm_head"] for name, of in schemes.items() if "lm_head" in of}
+    assert heads == {"head": "W8A16", "rotated": "W4A16", "mixed": "W8A8"}
+    losses = {name: v["quality"][0]["kl_mean"] for name, v in variants.items()}
+    assert 0 < losses["head"] < 1.5 * losses["plain"] and losses["head"] != losses["plain"]
+    vocabulary = tiny.VOCABULARY * tiny.HIDDEN
+    for name in heads:
+        # The embeddings are stored as they were; untied, they are a matrix more.
+        assert (
+            variants[name]["coverage"]["total_parameters"]
+            == variants["plain"]["coverage"]["total_parameters"]
+            + (0 if name == "rotated" else vocabulary)
+        )  # fmt: skip
+    more = variants["head"]["size_bytes"] - variants["plain"]["size_bytes"]
+    assert vocabulary < more < 1.5 * vocabulary
+    (run,) = (project / "runs" / "recipe").iterdir()
+    for name, of in schemes.items():
+        config = json.loads(
+            (run / "artifacts" / name / "compressed-tensors" / "config.json").read_text()
+        )
+        assert config["tie_word_embeddings"] is ("lm_head" not in of)
+        named = [
+            "lm_head" in g["targets"]
+            for g in config["quantization_config"]["config_groups"].values()
+        ]
+        assert any(named) is ("lm_head" in of)
+
+
 @pytest.mark.parametrize("block", [1, 3])
 def test_killed_run_resumes_to_the_same_bytes(project: Path, tmp_path: Path, block: int) -> None:
     whole = tmp_path / "whole"
@@ -266,6 +317,29 @@ def test_bad_input_is_one_clear_error(
     assert (
         not list((project / "runs").glob("*/*/artifacts")) if (project / "runs").exists() else True
     )
+
+
+def test_plan_counts_the_output_layer_and_changes_nothing_else(project: Path) -> None:
+    from compressor.plan import make_plan
+    from compressor.recipe import load_recipe
+    from compressor.store import Store
+
+    def stages() -> dict[str, Any]:
+        plan = make_plan(load_recipe(project / "recipe.yaml"), Store(project / "store"))
+        return {stage.name: stage for stage in plan.stages}
+
+    recipe = json.loads(json.dumps(RECIPE))
+    before = stages()
+    recipe["variants"]["int4"]["lm_head"] = {"scheme": "W4A16"}
+    write(project, recipe)
+    after = stages()
+    own = {"quantize:int4", "export:int4:compressed-tensors", "evaluate:int4"}
+    assert set(before) == set(after)
+    assert {name for name in after if after[name].key != before[name].key} == own
+    assert after["quantize:int4"].config["lm_head"]["gptq"]["group_size"] == 32
+    for name in own - {"evaluate:int4"}:
+        assert after[name].estimate.disk_bytes > before[name].estimate.disk_bytes
+        assert after[name].estimate.memory_bytes >= before[name].estimate.memory_bytes
 
 
 def test_full_disk_is_refused_before_work(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

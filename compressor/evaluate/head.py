@@ -21,7 +21,8 @@ class Head:
     """Hidden state -> logits of a causal LM, with the scalings that some families apply.
 
     Args:
-        lm_head: module or weight holder mapping [n, hidden] to [n, vocab].
+        lm_head: module mapping [n, hidden] to [n, vocab]; one without parameters (quantized) takes
+            hidden states in any dtype.
         config: the model's config; ``final_logit_softcapping`` (Gemma 2), ``logit_scale``
             (Cohere) and ``logits_scaling`` (Granite) are honoured.
     """
@@ -36,8 +37,8 @@ class Head:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 logits [n, vocab] of hidden states [n, hidden]."""
-        dtype = next(self.lm_head.parameters()).dtype
-        logits = self.lm_head(hidden.to(dtype)).float()
+        weight = next(self.lm_head.parameters(), None)
+        logits = self.lm_head(hidden if weight is None else hidden.to(weight.dtype)).float()
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap:

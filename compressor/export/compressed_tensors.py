@@ -39,6 +39,15 @@ from compressor.store import file_sha256
 NAME = "compressed-tensors"
 MAX_SHARD_BYTES = 5_000_000_000
 SUMS = "SHA256SUMS"
+# Model types whose logits vLLM 0.32 computes from the embeddings, or by a ParallelLMHead that it
+# does not give the quantization config (vllm/model_executor/models).
+_NO_QUANTIZED_HEAD = frozenset(
+    {
+        "bloom", "cohere", "cohere2", "cohere2_moe", "falcon_h1", "gemma2", "gemma3n_text",
+        "gpt_oss", "jamba", "mamba", "mamba2", "opt", "plamo3", "qwen3_next", "step3_text",
+        "zamba2",
+    }
+)  # fmt: skip
 _COPIED = (
     "generation_config.json",
     "tokenizer*",
@@ -53,26 +62,48 @@ _COPIED = (
 )
 
 
+def check_head(model: CausalLM) -> None:
+    """Raise `RunError` where engines do not load a quantized output layer.
+
+    vLLM 0.32 does for a ``ParallelLMHead`` that is named lm_head and given the quantization config.
+    """
+    ref, family = model.head(), model.config.model_type
+    if ref is None or ref.name.rpartition(".")[2] != "lm_head" or family in _NO_QUANTIZED_HEAD:
+        raise RunError(
+            f"engines load no quantized lm_head for models of type {family}",
+            where=type(model.model).__name__,
+            fix="remove `lm_head:` from the variant",
+        )
+
+
 def quantization_config(
-    schemes: Mapping[str, Scheme], ignore: Sequence[str], kv_cache: ActivationScheme | None = None
+    schemes: Mapping[str, Scheme],
+    ignore: Sequence[str],
+    head: str | None = None,
+    kv_cache: ActivationScheme | None = None,
 ) -> dict[str, Any]:
     """``quantization_config`` of a model.
 
     Args:
         schemes: of every quantized linear, by name.
         ignore: names of linears that stay as they are.
+        head: name of the output layer, where it is one of those quantized. Its group names it:
+            to vLLM it is no "Linear".
         kv_cache: of cached keys and values; None where they stay as they are.
     """
     members: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         members.setdefault(scheme, []).append(name)
+    uniform = len({scheme for name, scheme in schemes.items() if name != head}) == 1
     order = sorted(members, key=lambda scheme: (scheme.name, str(scheme)))
     formats = {scheme: _format(scheme) for scheme in order}
     mixed = len(set(formats.values())) > 1
     groups = {}
     for number, scheme in enumerate(order):
         # Names, where several schemes share a model: engines look those up before classes.
-        targets = ["Linear"] if len(order) == 1 else sorted(members[scheme])
+        targets = sorted(members[scheme])
+        if uniform and members[scheme] != [head]:
+            targets = ["Linear"] + [name for name in targets if name == head]
         groups[f"group_{number}"] = {"targets": targets, **_config_group(scheme)}
         if mixed:
             groups[f"group_{number}"]["format"] = formats[scheme]
@@ -120,6 +151,7 @@ def export(
     provenance: dict[str, Any],
     directory: Path,
     replaced: Mapping[str, torch.Tensor] | None = None,
+    head: str | None = None,
     kv_cache: ActivationScheme | None = None,
     kv_scales: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
@@ -132,16 +164,22 @@ def export(
         provenance: written as ``compression.json``; must hold no times.
         directory: receives the artifact.
         replaced: unquantized tensors that differ from the baseline's, by name.
+        head: name of the output layer, where it is among those quantized. Where it shared the
+            embeddings' weight, that stays, and the config says that it is no longer shared.
         kv_cache: scheme of cached keys and values; None where they stay as they are.
         kv_scales: their scales float32 [1], by name.
     """
     directory.mkdir(parents=True, exist_ok=True)
     source = Checkpoint(model_dir)
+    shared = _shared_weight(model_dir) if head is not None else None
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     schemes: dict[str, Scheme] = {}
     writer = TensorWriter(directory, MAX_SHARD_BYTES)
     for name, tensor, scheme in quantized:
-        dtype = source.dtype(f"{name}.weight")
+        stored = f"{name}.weight"
+        if name == head and shared is not None:
+            stored = shared[0]
+        dtype = source.dtype(stored)
         for key, value in _tensors(tensor, scheme, dtype).items():
             writer.add(f"{name}.{key}", value)
         schemes[name] = scheme
@@ -149,12 +187,29 @@ def export(
         if name.removesuffix(".weight") not in schemes:
             changed = (replaced or {}).get(name)
             writer.add(name, source.tensor(name) if changed is None else changed)
+    if shared is not None and shared[0] == f"{head}.weight":
+        writer.add(shared[1], source.tensor(shared[0]))  # it was stored under the head's name only
     for name, scale in sorted((kv_scales or {}).items()):
         writer.add(name, scale)
     writer.close()
-    config["quantization_config"] = quantization_config(schemes, ignore, kv_cache)
+    if head is not None:
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                part["tie_word_embeddings"] = False
+    config["quantization_config"] = quantization_config(schemes, ignore, head, kv_cache)
     _write_json(directory / "config.json", config)
     _complete(model_dir, provenance, directory)
+
+
+def _shared_weight(model_dir: Path) -> tuple[str, str] | None:
+    """Where the weight that embeddings and output layer share is stored, and the embeddings' own
+    name for it; None where they share none."""
+    model = CausalLM.open(model_dir)
+    if not model.head_is_tied:
+        return None
+    embeddings = model.model.get_input_embeddings()
+    path = next(path for path, module in model.model.named_modules() if module is embeddings)
+    return model.head_key(), f"{path}.weight"
 
 
 def export_dense(model_dir: Path, provenance: dict[str, Any], directory: Path) -> None:
@@ -211,17 +266,19 @@ def load_model(
     if found:
         scheme_of = _read_schemes(found, directory)
         source = Checkpoint(directory)
-        for index in range(len(model.blocks)):
-            for ref in model.linears(index):
-                if source.has(f"{ref.name}.weight") and not source.has(f"{ref.name}.weight_scale"):
-                    continue
-                scheme = scheme_of(ref.name)
-                tensor = read_tensor(source, ref.name, scheme)
-                bias = source.tensor(f"{ref.name}.bias") if ref.module.bias is not None else None
-                model.replace_linear(
-                    ref,
-                    QuantizedLinear.from_tensor(tensor, scheme, bias, kernel=kernel, dtype=dtype),
-                )
+        refs = [ref for index in range(len(model.blocks)) for ref in model.linears(index)]
+        if (head := model.head()) is not None and source.has(f"{head.name}.weight_scale"):
+            refs.append(head)
+        for ref in refs:
+            if source.has(f"{ref.name}.weight") and not source.has(f"{ref.name}.weight_scale"):
+                continue
+            scheme = scheme_of(ref.name)
+            tensor = read_tensor(source, ref.name, scheme)
+            bias = source.tensor(f"{ref.name}.bias") if ref.module.bias is not None else None
+            model.replace_linear(
+                ref,
+                QuantizedLinear.from_tensor(tensor, scheme, bias, kernel=kernel, dtype=dtype),
+            )
         if found.get("kv_cache_scheme"):
             kv_cache = _read_kv_cache(found["kv_cache_scheme"], directory)
             scales = {n: source.tensor(n) for n in source.names if n.endswith((KEY, VALUE))}

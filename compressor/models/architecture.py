@@ -7,6 +7,7 @@ work without being named here.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import re
@@ -218,6 +219,37 @@ class CausalLM:
             if isinstance(module, nn.Linear) and not self._in_blocks(path)
         ]
 
+    def head(self) -> LinearRef | None:
+        """The output layer (lm_head), where it is a linear; under its own name even where its
+        weight is the embeddings'."""
+        module = self.model.get_output_embeddings()
+        path = next((path for path, m in self.model.named_modules() if m is module), None)
+        if not isinstance(module, nn.Linear) or path is None or self._in_blocks(path):
+            return None
+        name = path
+        if not self.head_is_tied:
+            name = self.disk_name(f"{path}.weight").removesuffix(".weight")
+        return LinearRef(name, path, module, path)
+
+    @property
+    def head_is_tied(self) -> bool:
+        """Whether the output layer's weight is the embeddings'."""
+        output, embeddings = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        return output is not None and getattr(output, "weight", None) is embeddings.weight
+
+    def head_key(self) -> str:
+        """Key in the checkpoint of the output layer's weight."""
+        module = self.model.get_output_embeddings()
+        if self.head_is_tied:
+            module = self.model.get_input_embeddings()
+        path = next(path for path, m in self.model.named_modules() if m is module)
+        return self.disk_name(f"{path}.weight")
+
+    def untie_head(self) -> None:
+        """Let the output layer have a weight of its own from now on."""
+        for config in (self.model.config, self.model.config.get_text_config()):
+            config.tie_word_embeddings = False
+
     def _linears(self, index: int) -> Iterator[tuple[LinearRef, str | None]]:
         prefix = self.block_names[index]
         for path, module in self.blocks[index].named_modules():
@@ -290,22 +322,26 @@ class CausalLM:
             RunError: they are not equal, because the model hands blocks more than hidden states
                 that depend on the text.
         """
-        head = self.model.get_output_embeddings()
-        unused = {id(p) for p in head.parameters()} if head is not None else set()
-        unused -= {id(p) for p in self.model.get_input_embeddings().parameters()}
-        for name, parameter in list(self.model.named_parameters()):
-            if parameter.is_meta and not self._in_blocks(name) and id(parameter) not in unused:
-                self._place(name, ids.device, torch.float32)
-        for name, _ in list(self.model.named_buffers()):
-            if not self._in_blocks(name):
-                self._place_buffer(name, ids.device)
-        self.model.tie_weights()
+        self._place_outside(ids.device)
         try:
             seen = self._catch(ids, as_tuple=False)
         except _OtherForm:
             seen = self._catch(ids, as_tuple=True)
         self._check_arguments(tuple(ids.shape), seen)
         return BlockInputs(seen[0][0], [(args, kwargs) for _, args, kwargs in seen])
+
+    def _place_outside(self, device: torch.device) -> None:
+        """Put weights and buffers outside the blocks in place, in float32, but not the head's."""
+        head = self.model.get_output_embeddings()
+        unused = {id(p) for p in head.parameters()} if head is not None else set()
+        unused -= {id(p) for p in self.model.get_input_embeddings().parameters()}
+        for name, parameter in list(self.model.named_parameters()):
+            if parameter.is_meta and not self._in_blocks(name) and id(parameter) not in unused:
+                self._place(name, device, torch.float32)
+        for name, _ in list(self.model.named_buffers()):
+            if not self._in_blocks(name):
+                self._place_buffer(name, device)
+        self.model.tie_weights()
 
     def unload_outside(self) -> None:
         """Free the weights outside the blocks, such as the embeddings."""
@@ -327,6 +363,30 @@ class CausalLM:
             if parameter.is_meta and not self._in_blocks(name):
                 self._place(name, ids.device, torch.float32)
         self.model.tie_weights()
+        return self._after_blocks(hidden, ids)
+
+    def head_input(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """What the output layer reads, float32 [batch, length, in], given the last block's output
+        [batch, length, hidden]; its own weight is not needed for that."""
+        seen: list[torch.Tensor] = []
+
+        def catch(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if args[0].shape[:-1] != hidden.shape[:-1]:
+                raise _OtherForm
+            seen.append(args[0])
+            raise _Stop
+
+        self._place_outside(ids.device)
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(catch)
+        try:
+            with contextlib.suppress(_Stop):
+                self._after_blocks(hidden.float(), ids)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def _after_blocks(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Run the model with ``hidden`` in the place of what its blocks would make."""
         holder: nn.ModuleList = self.model.get_submodule(self._list_name)
         originals = list(holder)
         last = len(originals) - 1
@@ -335,7 +395,7 @@ class CausalLM:
                 holder[i] = _Given(block, hidden if i == last else None, as_tuple)
             try:
                 return self.model(ids, use_cache=False).logits
-            except (_OtherForm, AttributeError, TypeError):
+            except (_OtherForm, AttributeError, IndexError, TypeError):
                 if as_tuple:
                     raise
             finally:

@@ -17,6 +17,7 @@ Output, format-neutral and readable block by block:
                               .input_scale float32 [1] where used;
                               {parameter}.replaced: unquantized tensors that a transform changed;
                               {attention}.k_scale, .v_scale float32 [1]: of a low-bit cache
+    head.safetensors          the same of the output layer (lm_head), where it is quantized
     layers.jsonl              one line per linear: scheme, error, RTN's error, fallback
 """
 
@@ -50,6 +51,7 @@ from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import ActivationScheme, Scheme
 from compressor.quantize.activations import allocate, fits_memory
 from compressor.quantize.devices import solving_devices, spread
+from compressor.quantize.head import quantize_in_parts
 from compressor.quantize.registry import (
     Algorithm,
     BlockRefinement,
@@ -62,6 +64,7 @@ from compressor.quantize.suspended import run_suspended
 
 CHECKPOINT_SECONDS = float(os.environ.get("COMPRESSOR_CHECKPOINT_SECONDS", "20"))
 LAYERS = "layers.jsonl"
+HEAD = "head.safetensors"
 _RESUME = "resume.safetensors"
 _KEPT_STREAMS = 8  # activations of the block's width that a waiting batch keeps alive, at most
 _KEPT_SHARE = 0.4  # of the free memory that waiting batches may take
@@ -84,6 +87,7 @@ def quantize_model(
     transforms: Sequence[Transform] = (),
     refinements: Sequence[LayerRefinement | BlockRefinement] = (),
     exceptions: Mapping[str, Algorithm] | None = None,
+    head: Algorithm | None = None,
     tokens: np.ndarray | None = None,
     ignore: Sequence[str] = (),
     kv_cache: ActivationScheme | None = None,
@@ -104,6 +108,8 @@ def quantize_model(
         transforms: applied to each block before the algorithm, in this order.
         refinements: applied to what the algorithm made of the block, in this order.
         exceptions: algorithms of linears that another than ``algorithm`` quantizes, by name.
+        head: what quantizes the output layer after the last block, with the refinements that work
+            layer by layer; None leaves it as it is. Its input's scale, if any, is dynamic.
         tokens: int32 [samples, length], needed when the algorithm or a transform has statistics,
             and for ``kv_cache``.
         ignore: names or regular expressions of linears to leave as they are.
@@ -119,15 +125,17 @@ def quantize_model(
         read_ahead: read the next block's weights while one is solved; when None, for a GPU only.
             From page cache a CPU reads a block in a hundredth of the time that solving it takes,
             and would hold it in memory meanwhile.
-        advance: called with a note after each block.
+        advance: called with a note after each block, and after the output layer.
 
     Returns:
-        seconds, tokens, coverage (parameters quantized, linears skipped and why), resumed_at,
-        activations ("memory" or "disk", where they were kept), batch_size (in the end).
+        seconds, tokens, coverage (parameters quantized, linears skipped and why), resumed_at, the
+        output layer's name where it was quantized, activations ("memory" or "disk", where they
+        were kept) and batch_size (in the end).
 
     Raises:
-        RunError: no linear is left to quantize, a layer's weights cannot take the scheme, the
-            architecture's cache cannot be quantized, or a device has too little memory.
+        RunError: no linear is left to quantize, a layer's weights cannot take the scheme, there is
+            no output layer that is a linear, the architecture's cache cannot be quantized, or a
+            device has too little memory.
     """
     started = time.perf_counter()
     keep_freed_pages()
@@ -139,21 +147,27 @@ def quantize_model(
     ] + [{"name": name, "reason": reason} for name, reason in model.outside_linears()]
     walk = _Walk(
         model, algorithm, exceptions or {}, transforms, refinements, directory, ignore,
-        kv_cache, all_experts, dtype, device, devices or solving_devices(device),
+        kv_cache, all_experts, dtype, device, head, devices or solving_devices(device),
         torch.device(device).type == "cuda" if read_ahead is None else read_ahead,
     )  # fmt: skip
     if kv_cache is not None:
         check_attention(model)
+    total = model.num_parameters
+    if walk.head is not None:
+        skipped = [entry for entry in skipped if entry["name"] != walk.head.name]
+        if model.head_is_tied:
+            total += walk.head.module.weight.numel()  # no longer shared with the embeddings
     first = walk.resume_point()
     if walk.follows_tokens:
         if tokens is None:
             raise RunError("this algorithm needs calibration tokens", fix="add `calibration:`")
-        walk.start(tokens, batch_size, first)
+        if first < walk.steps:
+            walk.start(tokens, batch_size, first)
     quantized = 0
     for _ in range(first):
         advance("already done")
-    for index in range(first, len(model.blocks)):
-        advance(walk.block(index))
+    for index in range(first, walk.steps):
+        advance(walk.block(index) if index < len(model.blocks) else walk.output_layer())
     for record in read_layers(directory):
         if record.get("reason"):
             skipped.append({"name": record["name"], "reason": record["reason"]})
@@ -173,10 +187,11 @@ def quantize_model(
         "batch_size": walk.batch if walk.follows_tokens else None,
         "resumed_at_block": first,
         "scheme": algorithm.scheme.to_dict(),
+        "head": walk.head.name if walk.head is not None else None,
         "coverage": {
-            "total_parameters": model.num_parameters,
+            "total_parameters": total,
             "quantized_parameters": quantized,
-            "share": quantized / model.num_parameters,
+            "share": quantized / total,
             "skipped": skipped,
         },
     }
@@ -202,11 +217,15 @@ class _Walk:
         all_experts: bool,
         dtype: torch.dtype,
         device: str,
+        head_algorithm: Algorithm | None,
         devices: Sequence[str],
         read_ahead: bool,
     ) -> None:
         self.model = model
         self.algorithm = algorithm
+        self.head_algorithm = head_algorithm
+        self.head = _head(model, head_algorithm) if head_algorithm is not None else None
+        self.steps = len(model.blocks) + (self.head is not None)
         self.exceptions = exceptions
         self.transforms = transforms
         self.layer_refinements: list[Any] = [r for r in refinements if r.level == "layer"]
@@ -233,19 +252,20 @@ class _Walk:
         self.hidden: torch.Tensor | None = None
         self.original: torch.Tensor | None = None
         self.on_disk = False  # both, for lack of memory
+        self.ids = torch.empty(0)  # int64 [samples, length]
         self.inputs: dict[int, BlockInputs] = {}  # by number of samples in a batch
-        self.ids = torch.empty(0)
         self.batch = 1
         self.lowered = False  # the batch, after a device ran out of memory
         self.one_pass = True  # whether batches may wait for each other (`suspended.py`)
         self.saved = time.monotonic()
 
     def resume_point(self) -> int:
-        """First block that has still to be done, after dropping whatever lies beyond it."""
+        """First block that has still to be done, after dropping whatever lies beyond it; the output
+        layer counts as one more block."""
         done = 0
-        while _block_file(self.directory, done).exists():
+        while self._file(done).exists():
             done += 1
-        if self.follows_tokens:
+        if self.follows_tokens and done < self.steps:
             # Blocks can only follow from activations: go back to the last ones that were saved.
             path = self.directory / _RESUME
             saved = 0
@@ -258,14 +278,22 @@ class _Walk:
         for path in self.directory.glob("block-*.safetensors"):
             if int(path.stem.removeprefix("block-")) >= done:
                 path.unlink()
+        if done < self.steps:
+            (self.directory / HEAD).unlink(missing_ok=True)
         return done
+
+    def _file(self, step: int) -> Path:
+        """Where a block's codes go, or after the last one the output layer's."""
+        if self.head is not None and step == len(self.model.blocks):
+            return self.directory / HEAD
+        return _block_file(self.directory, step)
 
     def start(self, tokens: np.ndarray, batch_size: int, first: int) -> None:
         """Embed the calibration tokens, or read back the activations of block ``first``."""
         samples = len(tokens)
         self.batch = _divisor(samples, batch_size)
         sizes = {_divisor(samples, r.options.batch_size) for r in self.block_refinements}
-        self.ids = ids = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
+        ids = self.ids = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
         with torch.no_grad():
             # Masks and rotary tables depend on the batch's shape alone: kept from the first batch.
             self.inputs = {
@@ -289,9 +317,9 @@ class _Walk:
 
     def block(self, index: int) -> str:
         """Quantize one block; returns a note on it for the progress line."""
-        model, last = self.model, index == len(self.model.blocks) - 1
+        model, last = self.model, index == self.steps - 1
         model.load_block(index, self.device, torch.float32)
-        if self.read_ahead and not last:
+        if self.read_ahead and index + 1 < len(model.blocks):
             model.read_ahead(index + 1, self.device)
         targets = [r for r in model.linears(index) if not is_ignored(r.name, self.ignore)]
         left = [r for r in model.linears(index) if is_ignored(r.name, self.ignore)]
@@ -390,6 +418,63 @@ class _Walk:
             return
         with cache.watch(self.model, index):
             yield
+
+    @torch.no_grad()
+    def output_layer(self) -> str:
+        """Quantize the output layer on the statistics of what the quantized blocks and the final
+        norm give it; returns a note for the progress line."""
+        assert self.head is not None and self.head_algorithm is not None
+        ref, width = self.head, self.head.module.in_features
+        algorithm = self.head_algorithm
+        hessian: torch.Tensor | None = None
+        drift: torch.Tensor | None = None
+        seen: int | None = None
+        if self.needs_statistics:
+            assert self.hidden is not None
+            statistics = InputStatistics(width, self.device, False, _fits_inputs(algorithm))
+            for part in self._parts():
+                hidden = self.hidden[part].to(self.device)
+                statistics.update(self.model.head_input(hidden, self.ids[part]))
+            seen = statistics.tokens
+            if _undersampled(seen, width):
+                hessian = torch.eye(width, device=self.device)
+            else:
+                hessian, drift = statistics.hessian, statistics.drift
+            self.model.unload_outside()
+
+        def prepare(weight: torch.Tensor) -> torch.Tensor:
+            if hessian is None or drift is None:
+                return weight
+            return fit_to_rounded_inputs([weight], hessian, drift, algorithm.options.damp)[0]
+
+        try:
+            result = quantize_in_parts(
+                self.model.checkpoint.tensor(self.model.head_key()),
+                hessian,
+                algorithm,
+                self.layer_refinements,
+                self.device,
+                prepare,
+            )
+        except ValueError as error:
+            raise RunError(
+                str(error), where=ref.name, fix="remove `lm_head:` from the variant"
+            ) from error
+        record = {
+            "block": len(self.model.blocks),
+            "name": ref.name,
+            "scheme": algorithm.scheme.to_dict(),
+            "parameters": ref.module.weight.numel(),
+            "tokens": seen,
+            "undersampled": _undersampled(seen, width),
+            "error": result.error,
+            "rtn_error": result.rtn_error,
+            "fallback": result.fallback,
+            "damp": result.damp,
+        }
+        _append_synced(self.directory / LAYERS, [json.dumps(record)])
+        _save_synced(_flatten(ref.name, result.tensor), self.directory / HEAD, {})
+        return f"{ref.name}: relative error {result.error:.2e}"
 
     def _checkpoint(self, index: int) -> None:
         """Now and then, save what the next block needs."""
@@ -579,12 +664,7 @@ class _Walk:
 
     def _statistics(self, refs: list[LinearRef], last: bool = False) -> InputStatistics:
         """Of the input of linears; ``last`` where no transform will change it any more."""
-        algorithms = [self._algorithm(ref) for ref in refs]
-        rounded = last and all(
-            getattr(one.options, "fit_inputs", False)
-            and one.scheme.input_activations == ActivationScheme()
-            for one in algorithms
-        )
+        rounded = last and all(_fits_inputs(self._algorithm(ref)) for ref in refs)
         width = refs[0].module.in_features
         return InputStatistics(width, self.device, self.channels, rounded)
 
@@ -763,6 +843,31 @@ class _Walk:
                 left = self._split(left)
 
 
+def _fits_inputs(algorithm: Algorithm) -> bool:
+    """Whether weights are fitted to the rounded inputs that they will be multiplied with."""
+    options = algorithm.options
+    wanted = getattr(options, "fit_inputs", False) and getattr(options, "true_sequential", False)
+    return wanted and algorithm.scheme.input_activations == ActivationScheme()
+
+
+def _head(model: CausalLM, algorithm: Algorithm) -> LinearRef:
+    """The output layer, once it is sure that the scheme fits it: not after hours of walking."""
+    ref = model.head()
+    if ref is None:
+        raise RunError(
+            "this architecture has no output layer that is a linear",
+            where=type(model.model).__name__,
+            fix="remove `lm_head:` from the variant",
+        )
+    try:
+        algorithm.scheme.weights.groups(ref.module.in_features)
+    except ValueError as error:
+        raise RunError(
+            str(error), where=ref.name, fix="choose another group_size under `lm_head:`"
+        ) from error
+    return ref
+
+
 def _undersampled(tokens: int | None, in_features: int) -> bool:
     """Whether there were too few inputs to say anything of most of their directions."""
     return tokens is not None and tokens < FEW_TOKENS * in_features
@@ -831,7 +936,8 @@ def iterate_quantized(directory: Path) -> Iterator[tuple[str, QuantizedTensor, S
         for layer in read_layers(directory)
         if "scheme" in layer
     }
-    for path in sorted(directory.glob("block-*.safetensors")):
+    head = [path for path in (directory / HEAD,) if path.exists()]
+    for path in sorted(directory.glob("block-*.safetensors")) + head:
         with safe_open(path, "pt") as file:
             keys = set(file.keys())
             for key in sorted(k for k in keys if k.endswith(".codes")):
@@ -895,7 +1001,8 @@ def _block_file(directory: Path, index: int) -> Path:
 
 def _save_synced(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata=metadata)
+    # Neither tensors nor metadata, and an empty mapping: safetensors writes what it cannot read.
+    save_file(tensors, temporary, metadata=metadata or None)
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
