@@ -353,10 +353,9 @@ class _Walk:
             groups = list(_by_input(targets).items())
 
             def some(numbers: list[int], device: str) -> list[None]:
-                return [
+                for group, refs in (groups[number] for number in numbers):
                     solve(refs, statistics.pop(group, None), [device])
-                    for group, refs in (groups[number] for number in numbers)
-                ]
+                return [None] * len(numbers)
 
             modules = [[ref.module for ref in refs] for _, refs in groups]
             work = [sum(m.out_features * m.in_features**2 for m in ms) for ms in modules]

@@ -39,24 +39,26 @@ def limit(model: CausalLM, path: str, most: int, spared: int = 0) -> None:
         )
 
 
-def quantize(root: Path, out: str, model: CausalLM, batch: int, **settings: Any) -> Any:
-    options = {"scheme": "W4A16", "group_size": 16, **settings.pop("options", {})}
-    return driver.quantize_model(
-        model, GPTQ(GPTQ.Options(**options)), root / out, tokens=TOKENS, batch_size=batch,
-        **settings,
-    )  # fmt: skip
+def quantize(
+    root: Path, out: str, model: CausalLM, batch: int, **settings: Any
+) -> tuple[Any, list[torch.Tensor]]:
+    """(facts, the Hessian of every group of linears in the order of solving)."""
+    # Eight bits, so that a rounding that falls the other way is not seen in the blocks after it.
+    options = {"scheme": "W8A16", "group_size": 16, **settings.pop("options", {})}
+    quantizer, seen = GPTQ(GPTQ.Options(**options)), []
+    original = quantizer.quantize_all
+    quantizer.quantize_all = lambda w, h: (seen.append(h.clone()), original(w, h))[1]
+    facts = driver.quantize_model(
+        model, quantizer, root / out, tokens=TOKENS, batch_size=batch, **settings
+    )
+    return facts, seen
 
 
-def assert_alike(root: Path, one: str, two: str) -> None:
-    """Equal but for the order in which statistics were summed."""
-    records = [driver.read_layers(root / out) for out in (one, two)]
-    for a, b in zip(*records, strict=True):
-        assert (a["name"], a["tokens"]) == (b["name"], b["tokens"])
-        assert a["error"] == pytest.approx(b["error"], rel=0.02)
-    tensors = [dict((n, t) for n, t, _ in driver.iterate_quantized(root / o)) for o in (one, two)]
-    assert tensors[0].keys() == tensors[1].keys()
-    for name, tensor in tensors[0].items():
-        assert float((tensor.codes == tensors[1][name].codes).float().mean()) > 0.98, name
+def assert_alike(one: list[torch.Tensor], two: list[torch.Tensor]) -> None:
+    """The same samples, each once: equal but for rounding."""
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert float((a - b).norm() / b.norm()) < 0.03
 
 
 @pytest.mark.parametrize(
@@ -77,29 +79,33 @@ def test_the_batch_is_halved_and_the_walk_goes_on(
     if arch == "mixtral" and path.startswith("mlp"):
         path = "mlp"  # its linears are the experts', which see no batches
     tiny.build(arch, tmp_path / "model", layers=3)
-    options = {"options": {"true_sequential": sequential}}
-    quantize(tmp_path, "small", CausalLM.open(tmp_path / "model"), 2, **options)
+    options: dict[str, Any] = {"options": {"true_sequential": sequential}}
+    _, expected = quantize(tmp_path, "small", CausalLM.open(tmp_path / "model"), 2, **options)
     model = CausalLM.open(tmp_path / "model")
     limit(model, path, 2, spared)
     notes: list[str] = []
-    facts = quantize(tmp_path, "lowered", model, 4, advance=notes.append, **options)
+    facts, seen = quantize(tmp_path, "lowered", model, 4, advance=notes.append, **options)
     assert facts["batch_size"] == 2
     assert "memory" not in notes[0]
     assert all("out of memory: batches of 2" in note for note in notes[1:])
     assert all(note.endswith("one pass per group") is sequential for note in notes[1:])
-    assert_alike(tmp_path, "small", "lowered")
+    assert_alike(seen, expected)
+    if arch == "llama":
+        layers = driver.read_layers(tmp_path / "lowered")
+        assert {layer["tokens"] for layer in layers} == {TOKENS.size}
 
 
 def test_bfloat16_and_refined_blocks_go_on_too(tmp_path: Path) -> None:
     tiny.build("llama", tmp_path / "model")
     refine = registry.get("signround")
     steps = {"refinements": [refine(refine.Options(iterations=1, batch_size=1))]}
-    for out, lowered in {"small": False, "lowered": True}.items():
+    seen = {}
+    for out, batch in {"small": 1, "lowered": 6}.items():
         model = CausalLM.open(tmp_path / "model")
-        if lowered:
+        if batch > 1:
             limit(model, "mlp.down_proj", 1, 4)
-        quantize(tmp_path, out, model, 6 if lowered else 1, dtype=torch.bfloat16, **steps)
-    assert_alike(tmp_path, "small", "lowered")
+        _, seen[out] = quantize(tmp_path, out, model, batch, dtype=torch.bfloat16, **steps)
+    assert_alike(seen["lowered"], seen["small"])
 
 
 def test_one_sample_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
@@ -138,6 +144,6 @@ def test_batches_that_wait_are_given_up_before_their_size(tmp_path: Path) -> Non
             raise torch.cuda.OutOfMemoryError("CUDA out of memory (injected)")
 
     down.register_forward_pre_hook(once)
-    assert quantize(tmp_path, "given_up", model, 4)["batch_size"] == 4
+    assert quantize(tmp_path, "given_up", model, 4)[0]["batch_size"] == 4
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "given_up" / path.name).read_bytes(), path.name
