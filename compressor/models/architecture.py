@@ -25,6 +25,8 @@ from compressor.models.attention import use_chunked_causal
 from compressor.models.checkpoint import Checkpoint
 from compressor.models.experts import UnfusedExperts, is_fused
 from compressor.models.names import disk_keys
+from compressor.models.read_ahead import ReadAhead
+from compressor.numerics.memory import free_bytes
 
 # Siblings that read the same tensor and so share one statistic. A family that names them otherwise
 # only computes a statistic more often than needed.
@@ -37,6 +39,7 @@ _SHARED_INPUT = {
 }
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 FUSED_EXPERTS = "fused experts that cannot be taken apart"
+_AHEAD_SHARE = 0.25  # of the free memory that a block read ahead may take
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,7 @@ class CausalLM:
         self._disk = disk_keys(model, checkpoint.names)
         self._persistent = set(model.state_dict()) - set(dict(model.named_parameters()))
         self._arguments: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        self._ahead: ReadAhead | None = None
         for name, module in list(model.named_modules()):
             if is_fused(module) and f"{name}.0.gate_proj.weight" in self._disk:
                 with torch.device("meta"):
@@ -305,6 +309,24 @@ class CausalLM:
     def load_block(self, index: int, device: str | torch.device, dtype: torch.dtype) -> None:
         """Put a block's weights in place."""
         self._load(self.block_names[index], self.blocks[index], device, dtype)
+        self._ahead = None
+
+    def read_ahead(self, index: int, device: str | torch.device) -> bool:
+        """Start to read a block's weights in the background, for `load_block` to find there.
+
+        Returns:
+            Whether it was begun: not where memory would be short of it.
+        """
+        names = (
+            _join(self.block_names[index], n) for n, _ in self.blocks[index].named_parameters()
+        )
+        keys = [key for name in names if self.checkpoint.has(key := self.disk_name(name))]
+        size = sum(self.checkpoint.numel(k) * self.checkpoint.dtype(k).itemsize for k in keys)
+        # For a GPU it passes through pinned memory of this machine.
+        if size > _AHEAD_SHARE * min(free_bytes("cpu"), free_bytes(device)):
+            return False
+        self._ahead = ReadAhead(self.checkpoint, keys, device)
+        return True
 
     def unload_block(self, index: int) -> None:
         """Free a block's weights."""
@@ -540,7 +562,10 @@ class CausalLM:
                 where=str(self.checkpoint.directory),
                 fix="the checkpoint does not fit its config.json: download both again",
             )
-        value = self.checkpoint.tensor(key, dtype).to(device)
+        value = None if self._ahead is None else self._ahead.take(key)
+        if value is None:
+            value = self.checkpoint.tensor(key)
+        value = value.to(device).to(dtype)
         owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     def _place_buffer(self, name: str, device: str | torch.device) -> None:

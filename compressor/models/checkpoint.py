@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,30 +107,49 @@ class Checkpoint:
     def total_bytes(self) -> int:
         return sum(self.numel(name) * self.dtype(name).itemsize for name in self._entries)
 
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """One tensor, converted to ``dtype`` when given.
+    def tensor(
+        self, name: str, dtype: torch.dtype | None = None, *, pinned: bool = False
+    ) -> torch.Tensor:
+        """One tensor, converted to ``dtype`` when given; ``pinned`` for quick copies to a GPU.
 
         It is read into memory of its own, aligned as torch aligns: results never depend on where
         in the file it lay, and no part of the file stays mapped.
         """
         entry = self._entries[name]
-        value = torch.empty(entry.shape, dtype=entry.dtype)
-        if value.numel():
-            array: Any = value.view(-1).view(torch.uint8).numpy()
-            buffer = memoryview(array)
-            with open(entry.path, "rb", buffering=0) as file:
-                file.seek(entry.offset)
-                done = 0
-                while done < len(buffer):
-                    count = file.readinto(buffer[done:])
-                    if not count:
-                        raise RunError(
-                            f"the file ends inside tensor {name}",
-                            where=str(entry.path),
-                            fix="it was cut short while in use: download it again",
-                        )
-                    done += count
+        value = torch.empty(entry.shape, dtype=entry.dtype, pin_memory=pinned)
+        _read(name, entry, value)
         return value if dtype is None else value.to(dtype)
+
+
+def read_file(
+    path: Path, make: Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """All tensors of one file, each read into what ``make`` gives for its shape and dtype."""
+    found = {}
+    for name, entry in _read_header(path).items():
+        found[name] = make(entry.shape, entry.dtype)
+        _read(name, entry, found[name])
+    return found
+
+
+def _read(name: str, entry: _Entry, into: torch.Tensor) -> None:
+    """Fill a contiguous tensor on the CPU with one from disk."""
+    if not into.numel():
+        return
+    array: Any = into.view(-1).view(torch.uint8).numpy()
+    buffer = memoryview(array)
+    with open(entry.path, "rb", buffering=0) as file:
+        file.seek(entry.offset)
+        done = 0
+        while done < len(buffer):
+            count = file.readinto(buffer[done:])
+            if not count:
+                raise RunError(
+                    f"the file ends inside tensor {name}",
+                    where=str(entry.path),
+                    fix="it was cut short while in use: download it again",
+                )
+            done += count
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:

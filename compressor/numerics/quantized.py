@@ -79,6 +79,12 @@ class QuantizedTensor:
         zero = None if self.zero_point is None else self.zero_point[part]
         return replace(self, codes=self.codes[part], scale=self.scale[part], zero_point=zero)
 
+    def to(self, device: str | torch.device) -> QuantizedTensor:
+        """The same on a device."""
+        names = ("codes", "scale", "zero_point", "g_idx", "input_scale")
+        parts = {name: getattr(self, name) for name in names}
+        return replace(self, **{k: v.to(device) for k, v in parts.items() if v is not None})
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [out, in] that the codes stand for."""
         return dequantize(self.codes, self.scale, self.zero_point, self.g_idx, dtype)

@@ -36,19 +36,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from compressor.errors import RunError
 from compressor.models.architecture import BlockInputs, CausalLM, LinearRef
+from compressor.models.checkpoint import read_file
 from compressor.models.experts import UnfusedExperts
 from compressor.models.folding import Producer, find_producers
 from compressor.models.kv_cache import KEY, VALUE, CacheObserver, check_attention, no_cache
-from compressor.numerics.memory import keep_freed_pages
+from compressor.numerics.memory import free_bytes, keep_freed_pages
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import ActivationScheme, Scheme
+from compressor.quantize.activations import allocate, fits_memory
+from compressor.quantize.devices import solving_devices, spread
 from compressor.quantize.head import quantize_in_parts
 from compressor.quantize.registry import (
     Algorithm,
@@ -93,6 +95,8 @@ def quantize_model(
     all_experts: bool = False,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    devices: Sequence[str] | None = None,
+    read_ahead: bool | None = None,
     advance: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Any]:
     """Quantize every linear of every block into ``directory``; resume what is already there.
@@ -111,19 +115,27 @@ def quantize_model(
         ignore: names or regular expressions of linears to leave as they are.
         kv_cache: static scheme of cached keys and values, whose scales are found from what the
             quantized blocks' attention is given.
-        batch_size: samples per forward; lowered to a divisor of the number of samples.
+        batch_size: samples per forward; lowered to a divisor of the number of samples, and further
+            where a device runs out of memory.
         all_experts: while statistics are taken, run every token through every expert.
         dtype: what blocks run in; see `calibration_dtype`.
         device: where blocks are run and solved.
+        devices: where linears that read the same input are solved side by side; ``device`` and
+            every other GPU when None.
+        read_ahead: read the next block's weights while one is solved; when None, for a GPU only.
+            From page cache a CPU reads a block in a hundredth of the time that solving it takes,
+            and would hold it in memory meanwhile.
         advance: called with a note after each block, and after the output layer.
 
     Returns:
-        seconds, tokens, coverage (parameters quantized, linears skipped and why), resumed_at, and
-        the output layer's name where it was quantized.
+        seconds, tokens, coverage (parameters quantized, linears skipped and why), resumed_at, the
+        output layer's name where it was quantized, activations ("memory" or "disk", where they
+        were kept) and batch_size (in the end).
 
     Raises:
         RunError: no linear is left to quantize, a layer's weights cannot take the scheme, there is
-            no output layer that is a linear, or the architecture's cache cannot be quantized.
+            no output layer that is a linear, the architecture's cache cannot be quantized, or a
+            device has too little memory.
     """
     started = time.perf_counter()
     keep_freed_pages()
@@ -135,7 +147,8 @@ def quantize_model(
     ] + [{"name": name, "reason": reason} for name, reason in model.outside_linears()]
     walk = _Walk(
         model, algorithm, exceptions or {}, transforms, refinements, directory, ignore,
-        kv_cache, all_experts, dtype, device, head,
+        kv_cache, all_experts, dtype, device, head, devices or solving_devices(device),
+        torch.device(device).type == "cuda" if read_ahead is None else read_ahead,
     )  # fmt: skip
     if kv_cache is not None:
         check_attention(model)
@@ -170,6 +183,8 @@ def quantize_model(
         "seconds": time.perf_counter() - started,
         "tokens": int(tokens.size) if tokens is not None and walk.follows_tokens else 0,
         "calibration_dtype": str(dtype).removeprefix("torch.") if walk.follows_tokens else None,
+        "activations": ("disk" if walk.on_disk else "memory") if walk.follows_tokens else None,
+        "batch_size": walk.batch if walk.follows_tokens else None,
         "resumed_at_block": first,
         "scheme": algorithm.scheme.to_dict(),
         "head": walk.head.name if walk.head is not None else None,
@@ -204,6 +219,8 @@ class _Walk:
         dtype: torch.dtype,
         device: str,
         head_algorithm: Algorithm | None,
+        devices: Sequence[str],
+        read_ahead: bool,
     ) -> None:
         self.model = model
         self.algorithm = algorithm
@@ -225,6 +242,8 @@ class _Walk:
         self.all_experts = all_experts
         self.dtype = dtype
         self.device = device
+        self.devices = list(devices)
+        self.read_ahead = read_ahead
         self.channels = bool(transforms) or any(
             one.scheme.static_activations for one in (algorithm, *(exceptions or {}).values())
         )
@@ -233,9 +252,12 @@ class _Walk:
         # tokens, and what the original ones do (only followed where something asks for it).
         self.hidden: torch.Tensor | None = None
         self.original: torch.Tensor | None = None
+        self.on_disk = False  # both, for lack of memory
         self.ids = torch.empty(0)  # int64 [samples, length]
         self.inputs: dict[int, BlockInputs] = {}  # by number of samples in a batch
         self.batch = 1
+        self.lowered = False  # the batch, after a device ran out of memory
+        self.one_pass = True  # whether batches may wait for each other (`suspended.py`)
         self.saved = time.monotonic()
 
     def resume_point(self) -> int:
@@ -279,22 +301,27 @@ class _Walk:
                 size: _cast(self.model.embed(ids[:size]), self.dtype)
                 for size in {self.batch, *sizes}
             }
+            head = self.inputs[self.batch].hidden
+            size = samples * head[0].numel() * head.itemsize
+            self.on_disk = not fits_memory(2 * size if self.follows_original else size)
+            room = functools.partial(allocate, directory=self.directory if self.on_disk else None)
             if first:
-                saved = load_file(self.directory / _RESUME)
-                self.hidden = saved["hidden"].clone()
-                self.original = saved["original"].clone() if self.follows_original else None
+                saved = read_file(self.directory / _RESUME, room)
+                self.hidden, self.original = saved["hidden"], saved.get("original")
             else:
-                head = self.inputs[self.batch].hidden
-                self.hidden = torch.empty(samples, *head.shape[1:], dtype=head.dtype)
+                self.hidden = room((samples, *head.shape[1:]), head.dtype)
                 for part in self._parts():
                     self.hidden[part] = self.model.embed(ids[part]).hidden.to(self.dtype).cpu()
-                self.original = self.hidden.clone() if self.follows_original else None
+                if self.follows_original:
+                    self.original = room(self.hidden.shape, head.dtype).copy_(self.hidden)
         self.model.unload_outside()
 
     def block(self, index: int) -> str:
         """Quantize one block; returns a note on it for the progress line."""
         model, last = self.model, index == self.steps - 1
         model.load_block(index, self.device, torch.float32)
+        if self.read_ahead and index + 1 < len(model.blocks):
+            model.read_ahead(index + 1, self.device)
         targets = [r for r in model.linears(index) if not is_ignored(r.name, self.ignore)]
         left = [r for r in model.linears(index) if is_ignored(r.name, self.ignore)]
         sequential = self.needs_statistics and self._is_sequential(targets)
@@ -309,16 +336,31 @@ class _Walk:
         results: dict[str, WeightResult] = {}
         seen: dict[str, int | None] = {}
 
-        def solve(refs: list[LinearRef], found: InputStatistics | None) -> None:
-            results.update(self._solve(refs, found))
+        def solve(
+            refs: list[LinearRef],
+            found: InputStatistics | None,
+            devices: Sequence[str] = self.devices,
+        ) -> None:
+            results.update(self._solve(refs, found, devices))
             seen.update({ref.name: found.tokens if found else None for ref in refs})
 
         ready = False  # whether self.hidden is the next block's input already
         cache = CacheObserver()
         if sequential and self._suspended_fits(targets):
             ready = not self.block_refinements
-            with self._watching(cache, index, wanted=ready):
-                self._solve_suspended(index, targets, solve)
+            self._solve_suspended(index, targets, solve, cache)
+        elif len(self.devices) > 1 and not sequential:
+            # The statistics of all are there already: whole groups (experts) go side by side.
+            groups = list(_by_input(targets).items())
+
+            def some(numbers: list[int], device: str) -> list[None]:
+                for group, refs in (groups[number] for number in numbers):
+                    solve(refs, statistics.pop(group, None), [device])
+                return [None] * len(numbers)
+
+            modules = [[ref.module for ref in refs] for _, refs in groups]
+            work = [sum(m.out_features * m.in_features**2 for m in ms) for ms in modules]
+            spread(work, self.devices, some)
         else:
             for group, refs in _by_input(targets).items():
                 if sequential:
@@ -361,7 +403,11 @@ class _Walk:
         _save_synced(tensors, _block_file(self.directory, index), {})
         self._checkpoint(index)
         gc.collect()
-        return _note(index, [r for r in records if "error" in r])
+        note = _note(index, [r for r in records if "error" in r])
+        if self.lowered or not self.one_pass:
+            note += f", out of memory: batches of {self.batch}"
+            note += "" if self.one_pass else ", one pass per group"
+        return f"{note}, activations on disk" if self.on_disk else note
 
     @contextlib.contextmanager
     def _watching(self, cache: CacheObserver, index: int, wanted: bool = True) -> Iterator[None]:
@@ -439,10 +485,32 @@ class _Walk:
         _save_synced(tensors, self.directory / _RESUME, {"block": str(index + 1)})
         self.saved = time.monotonic()
 
-    def _parts(self, samples: int | None = None) -> Iterator[slice]:
+    def _parts(self, samples: int | None = None) -> list[slice]:
         assert self.hidden is not None
-        for start in range(0, samples or len(self.hidden), self.batch):
-            yield slice(start, start + self.batch)
+        return self._split([slice(0, samples or len(self.hidden))])
+
+    def _split(self, parts: Sequence[slice]) -> list[slice]:
+        """The same samples in batches of the present size."""
+        starts = [start for part in parts for start in range(part.start, part.stop, self.batch)]
+        return [slice(start, start + self.batch) for start in starts]
+
+    @torch.no_grad()
+    def _lower_batch(self) -> None:
+        """After a device ran out of memory: go on with at most half as many samples a batch.
+
+        Samples do not see each other, so the results are the same but for the order of sums.
+        """
+        if self.batch == 1:
+            raise RunError(
+                f"{self.device} has too little memory to run one calibration sample",
+                fix="lower `calibration.length`",
+            )
+        self.batch = _divisor(self.batch, self.batch // 2)
+        self.lowered = True
+        torch.cuda.empty_cache()
+        if self.batch not in self.inputs:
+            self.inputs[self.batch] = _cast(self.model.embed(self.ids[: self.batch]), self.dtype)
+            self.model.unload_outside()
 
     def _enough(self) -> int | None:
         """Samples that transforms look at where the quantizer takes statistics of its own: they
@@ -466,11 +534,7 @@ class _Walk:
         widest = max(ref.module.in_features for ref in targets)
         per_token = (_KEPT_STREAMS * self.hidden.shape[-1] + 2 * widest) * self.dtype.itemsize
         needed = self.hidden[..., 0].numel() * per_token
-        if torch.device(self.device).type == "cuda":
-            free = torch.cuda.mem_get_info(self.device)[0]
-        else:
-            free = psutil.virtual_memory().available
-        return needed < _KEPT_SHARE * free
+        return self.one_pass and needed < _KEPT_SHARE * free_bytes(self.device)
 
     @contextlib.contextmanager
     def _working(self, index: int) -> Iterator[None]:
@@ -508,7 +572,6 @@ class _Walk:
         """The block's output, inside `_working`."""
         return self.model.run_block(index, hidden.to(self.device), self.inputs[len(hidden)])
 
-    @torch.no_grad()
     def _collect(
         self,
         index: int,
@@ -516,9 +579,20 @@ class _Walk:
         *,
         last: bool = False,
         samples: int | None = None,
+        parts: Sequence[slice] | None = None,
     ) -> dict[str, InputStatistics]:
-        """Run the block over the calibration set, or its first ``samples``; one statistic for each
-        distinct input."""
+        """Run the block over the calibration set, its first ``samples`` or some parts of it; one
+        statistic for each distinct input."""
+        while True:
+            parts = self._parts(samples) if parts is None else self._split(parts)
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                return self._observe(index, targets, parts, last)
+            self._lower_batch()
+
+    @torch.no_grad()
+    def _observe(
+        self, index: int, targets: list[LinearRef], parts: Sequence[slice], last: bool
+    ) -> dict[str, InputStatistics]:
         assert self.hidden is not None
         found: dict[str, InputStatistics] = {}
         fired: set[str] = set()
@@ -533,13 +607,15 @@ class _Walk:
                     raise _AllSeen  # what the block does with its last inputs is not needed
 
             handles.append(refs[0].module.register_forward_pre_hook(hook))
-        with self._working(index), self._every_expert(index):
-            for part in self._parts(samples):
-                fired.clear()
-                with contextlib.suppress(_AllSeen):
-                    self._run(index, self.hidden[part])
-        for handle in handles:
-            handle.remove()
+        try:
+            with self._working(index), self._every_expert(index):
+                for part in parts:
+                    fired.clear()
+                    with contextlib.suppress(_AllSeen):
+                        self._run(index, self.hidden[part])
+        finally:
+            for handle in handles:
+                handle.remove()
         return found
 
     @torch.no_grad()
@@ -548,6 +624,7 @@ class _Walk:
         index: int,
         targets: list[LinearRef],
         solve: Callable[[list[LinearRef], InputStatistics | None], None],
+        cache: CacheObserver,
     ) -> None:
         """Take statistics, solve, and run the block in one pass. The activations become the
         block's output, unless refinements still need its input."""
@@ -555,19 +632,34 @@ class _Walk:
         hidden = self.hidden
         groups = _by_input(targets)
         found = {group: self._statistics(refs, last=True) for group, refs in groups.items()}
+        left = dict(enumerate(self._parts()))  # by number, those that have not come to the end
+        watching = functools.partial(self._watching, cache, index, not self.block_refinements)
 
-        def run(part: slice) -> None:
-            out = self._run(index, hidden[part])
+        def run(number: int) -> None:
+            out = self._run(index, hidden[left[number]])
             if not self.block_refinements:
-                hidden[part] = out.cpu()
+                hidden[left[number]] = out.cpu()
+            del left[number]
 
-        with self._working(index), self._every_expert(index):
-            run_suspended(
-                [functools.partial(run, part) for part in self._parts()],
-                {group: [ref.module for ref in refs] for group, refs in groups.items()},
-                lambda group, x: found[group].update(x),
-                lambda group: solve(groups[group], found.pop(group)),
-            )
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            with watching(), self._working(index), self._every_expert(index):
+                run_suspended(
+                    [functools.partial(run, number) for number in left],
+                    {group: [ref.module for ref in refs] for group, refs in groups.items()},
+                    lambda group, x: found[group].update(x),
+                    lambda group: solve(groups[group], found.pop(group)),
+                )
+            return
+        # Out of memory, perhaps for the batches that waited: none does from here on. What is not
+        # quantized yet gets its statistics by a pass of its own, from those still to meet it.
+        self.one_pass = False
+        parts = list(left.values())
+        for group in list(found):
+            again = self._collect(index, groups[group], last=True, parts=parts)
+            solve(groups[group], again[group])
+        if not self.block_refinements:
+            with watching():
+                self._forward(index, hidden, parts)
 
     def _statistics(self, refs: list[LinearRef], last: bool = False) -> InputStatistics:
         """Of the input of linears; ``last`` where no transform will change it any more."""
@@ -634,7 +726,7 @@ class _Walk:
         return self.exceptions.get(ref.name, self.algorithm)
 
     def _solve(
-        self, refs: list[LinearRef], seen: InputStatistics | None
+        self, refs: list[LinearRef], seen: InputStatistics | None, devices: Sequence[str]
     ) -> dict[str, WeightResult]:
         """Quantize linears that read the same input, and put the result in place."""
         width = refs[0].module.in_features
@@ -643,7 +735,7 @@ class _Walk:
             # Of an expert that hardly any token reached too little is known: with the identity for
             # H every algorithm does what round-to-nearest does.
             if seen is not None and not _undersampled(seen.tokens, width):
-                hessian, drift = seen.hessian, seen.drift
+                hessian, drift = seen.take_hessian(), seen.drift
             else:
                 hessian = torch.eye(width, device=self.device)
         parts: dict[int, list[LinearRef]] = {}
@@ -657,12 +749,13 @@ class _Walk:
                 assert hessian is not None
                 weights = fit_to_rounded_inputs(weights, hessian, drift, algorithm.options.damp)
             try:
-                found = algorithm.quantize_all(weights, hessian)
-                for refinement in self.layer_refinements:
-                    found = [
-                        refinement.refine(weight, result, hessian)
-                        for weight, result in zip(weights, found, strict=True)
-                    ]
+                found = self._quantize(algorithm, weights, hessian, devices)
+            except torch.cuda.OutOfMemoryError as error:
+                raise RunError(
+                    f"too little memory on {', '.join(devices)} to quantize these linears",
+                    where=", ".join(ref.name for ref in part),
+                    fix="lower `calibration.batch_size`, or use a larger device",
+                ) from error
             except ValueError as error:
                 raise RunError(
                     str(error),
@@ -680,6 +773,28 @@ class _Walk:
                 self._place(ref, result.tensor)
                 results[ref.name] = result
         return results
+
+    def _quantize(
+        self,
+        algorithm: Algorithm,
+        weights: list[torch.Tensor],
+        hessian: torch.Tensor | None,
+        devices: Sequence[str],
+    ) -> list[WeightResult]:
+        """Codes of linears with the same input, shared out over the devices and brought back."""
+
+        def some(numbers: list[int], device: str) -> list[WeightResult]:
+            mine = [weights[number].to(device) for number in numbers]
+            own = None if hessian is None else hessian.to(device)
+            found = algorithm.quantize_all(mine, own)
+            for refinement in self.layer_refinements:
+                found = [
+                    refinement.refine(weight, result, own)
+                    for weight, result in zip(mine, found, strict=True)
+                ]
+            return [result.to(self.device) for result in found]
+
+        return spread([len(weight) for weight in weights], devices, some)
 
     def _refine_block(
         self, index: int, targets: list[LinearRef], results: dict[str, WeightResult]
@@ -705,16 +820,26 @@ class _Walk:
                     self._place(ref, tensor)
                     results[ref.name] = dataclasses.replace(results[ref.name], tensor=tensor)
             losses += loss
-        scale = float(self.original.float().square().mean())
+        total = sum(float(sample.float().square().sum()) for sample in self.original)
+        scale = total / self.original.numel()
         return {"block_error_before": losses[0] / scale, "block_error": losses[-1] / scale}
 
     @torch.no_grad()
-    def _forward(self, index: int, activations: torch.Tensor | None) -> None:
-        """Replace activations [samples, length, hidden] by what the block makes of them."""
+    def _forward(
+        self, index: int, activations: torch.Tensor | None, parts: Sequence[slice] | None = None
+    ) -> None:
+        """Replace activations [samples, length, hidden], or some, by what the block makes of
+        them."""
         assert activations is not None
         with self._working(index):
-            for part in self._parts():
-                activations[part] = self._run(index, activations[part]).cpu()
+            left = self._parts() if parts is None else self._split(parts)
+            while left:
+                with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                    activations[left[0]] = self._run(index, activations[left[0]]).cpu()
+                    left.pop(0)
+                    continue
+                self._lower_batch()
+                left = self._split(left)
 
 
 def _fits_inputs(algorithm: Algorithm) -> bool:
@@ -772,16 +897,22 @@ def _by_input(refs: Sequence[LinearRef]) -> dict[str, list[LinearRef]]:
     return groups
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Tensors of floating point, in nested arguments of a block, in another dtype."""
+def _cast(value: Any, dtype: torch.dtype, made: dict[int, torch.Tensor] | None = None) -> Any:
+    """Tensors of floating point, in nested arguments of a block, in another dtype. One that all
+    blocks share (a mask) stays one: ``made`` holds those converted so far, by identity."""
+    made = {} if made is None else made
     if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        if not value.is_floating_point():
+            return value
+        if id(value) not in made:
+            made[id(value)] = value.to(dtype)
+        return made[id(value)]
     if isinstance(value, BlockInputs):
-        return BlockInputs(_cast(value.hidden, dtype), _cast(value.calls, dtype))
+        return BlockInputs(_cast(value.hidden, dtype, made), _cast(value.calls, dtype, made))
     if isinstance(value, dict):
-        return {key: _cast(item, dtype) for key, item in value.items()}
+        return {key: _cast(item, dtype, made) for key, item in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_cast(item, dtype) for item in value)
+        return type(value)(_cast(item, dtype, made) for item in value)
     return value
 
 
@@ -868,7 +999,8 @@ def _flatten(name: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
         "codes": tensor.codes,
         "scale": tensor.scale,
         "zero_point": tensor.zero_point,
-        "g_idx": tensor.g_idx,
+        # Linears quantized together share theirs, and safetensors refuses to save one memory twice.
+        "g_idx": None if tensor.g_idx is None else tensor.g_idx.clone(),
         "input_scale": tensor.input_scale,
     }
     return {f"{name}.{k}": v.cpu().contiguous() for k, v in parts.items() if v is not None}

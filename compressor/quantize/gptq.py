@@ -119,7 +119,7 @@ class GPTQ:
         factor, damp = inverse_factor(
             hessian if order is None else hessian[order][:, order], self.options.damp
         )
-        stacked = torch.cat(list(weights))
+        stacked = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
         tensor, rounded = self._round(stacked, hessian, factor, order, [r.tensor for r in nearest])
         results = []
         start = 0
@@ -157,10 +157,12 @@ class GPTQ:
         rows, columns = weight.shape
         groups = scheme.groups(columns)
         width = columns // groups
-        permuted = weight if order is None else weight[:, order]
-        left = permuted.T.contiguous()  # [in, out]: a column of the weight is a contiguous row
-        codes = torch.empty_like(left)
-        rounded = torch.empty_like(left)
+        # [in, out]: a column of the weight is a contiguous row. What was rounded stays in it.
+        left = (weight if order is None else weight[:, order]).T.clone(
+            memory_format=torch.contiguous_format
+        )
+        kept = CODE_DTYPE[scheme.type]  # float8 cannot be indexed: float32 until the end
+        codes = torch.empty_like(left, dtype=kept if kept == torch.int8 else left.dtype)
         fixed = (order is not None and self.options.static_groups) or scheme.strategy != "group"
         scale = torch.empty(rows, groups, device=weight.device)
         zero = None if scheme.symmetric else torch.empty(rows, groups, device=weight.device)
@@ -200,10 +202,10 @@ class GPTQ:
                 errors[i] = (block[i] - value) / local[i, i]
                 if i + 1 < stop - start:
                     block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
-            rounded[start:stop] = block
+            left[start:stop] = block
             if stop < columns:
                 left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-        result, was = codes.T, rounded.T
+        result, was = codes.T, left.T
         g_idx = None
         if order is not None:
             unsorted = torch.empty_like(order)
@@ -212,7 +214,7 @@ class GPTQ:
             if not fixed:
                 g_idx = (unsorted // width).to(torch.int32)
         offsets = None if zero is None else zero.to(torch.int8)
-        result = result.contiguous().to(CODE_DTYPE[scheme.type])
+        result = result.contiguous().to(kept)
         tensor = QuantizedTensor(result, scale, offsets, g_idx, scheme)
         return tensor, was.contiguous()
 
@@ -234,20 +236,23 @@ def inverse_factor(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, fl
     Raises:
         ValueError: H cannot be made positive definite.
     """
-    work = hessian.clone()
-    diagonal = torch.diagonal(work)
+    diagonal = torch.diagonal(hessian).clone()
     dead = diagonal <= 0
     mean = diagonal[~dead].mean() if bool((~dead).any()) else torch.tensor(1.0)
     diagonal[dead] = mean
     while damp <= _MAX_DAMP:
-        damped = work.clone()
-        torch.diagonal(damped).add_(damp * mean)
         # Rows and columns turned round, the lower factor of H is an upper one R with H = R R^T,
         # and U = R^-1: no inverse of H is formed, whose rounding would decide at low damping.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        turned = hessian.flip(0, 1)
+        torch.diagonal(turned).copy_((diagonal + damp * mean).flip(0))
+        factor, failed = torch.linalg.cholesky_ex(turned)
+        del turned
         if not int(failed):
-            unit = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True)
+            factor = factor.flip(0, 1)
+            # In column order, which the solver works in: it needs no copy then.
+            upper = torch.eye(len(factor), dtype=factor.dtype, device=factor.device).T
+            torch.linalg.solve_triangular(factor, upper, upper=True, out=upper)
+            del factor
             if bool(torch.isfinite(upper).all()):
                 return upper, damp
         damp *= 10

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
@@ -133,6 +133,11 @@ class WeightResult:
     fallback: bool = False
     damp: float | None = None
     rounded: torch.Tensor | None = None
+
+    def to(self, device: str) -> WeightResult:
+        """The same on a device."""
+        rounded = None if self.rounded is None else self.rounded.to(device)
+        return replace(self, tensor=self.tensor.to(device), rounded=rounded)
 
 
 class Transform(Protocol):

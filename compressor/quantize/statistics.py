@@ -34,7 +34,8 @@ class InputStatistics:
     ) -> None:
         self.accumulator = HessianAccumulator(in_features, device)
         self._channels = channels
-        self._drift = torch.zeros_like(self.accumulator.sum) if rounded else None
+        self._rounded = rounded
+        self._drift: torch.Tensor | None = None  # from the first input on
         self.absmax = torch.zeros(in_features, dtype=torch.float32, device=device)
         self._abssum = torch.zeros(in_features, dtype=torch.float32, device=device)
         self._divisor: torch.Tensor | None = None
@@ -57,14 +58,21 @@ class InputStatistics:
     @property
     def hessian(self) -> torch.Tensor:
         """2/n sum x x^T, float32 [in, in]."""
-        whole = self.accumulator.result()
+        return self._rescaled(self.accumulator.result())
+
+    def take_hessian(self) -> torch.Tensor:
+        """`hessian`, in the memory of the sums: they are gone, and nothing can be added."""
+        return self._rescaled(self.accumulator.take())
+
+    def _rescaled(self, whole: torch.Tensor) -> torch.Tensor:
         if self._divisor is not None:
             whole /= self._divisor.unsqueeze(0) * self._divisor.unsqueeze(1)
         return whole
 
     @property
     def drift(self) -> torch.Tensor | None:
-        """2/n sum (x - q) q^T of inputs x and what they are rounded to, q; float32 [in, in]."""
+        """2/n sum (x - q) q^T of inputs x and what they are rounded to, q; float32 [in, in].
+        None where they are not rounded, or there were none."""
         return None if self._drift is None else self._drift * (2.0 / max(self.tokens, 1))
 
     def update(self, x: torch.Tensor) -> None:
@@ -72,9 +80,12 @@ class InputStatistics:
         flat = x.detach().reshape(-1, x.shape[-1]).to(self.absmax.device)
         if not len(flat):
             return
-        if self._drift is None:
+        if not self._rounded:
             self.accumulator.update(flat)
         else:
+            if self._drift is None:
+                width = flat.shape[1]
+                self._drift = torch.zeros(width, width, device=self.absmax.device)
             codes, step = quantize_rows(flat)
             lost = (flat.float() - codes.float().mul_(step)).to(flat.dtype)
             near = codes.to(flat.dtype).mul_(step.to(flat.dtype))
@@ -133,27 +144,48 @@ class HessianAccumulator:
 
     Args:
         in_features: width of the input.
-        device: where the sum is held (float32).
+        device: where the sum is held (float32), from the first input on.
     """
 
     def __init__(self, in_features: int, device: str | torch.device = "cpu") -> None:
         self.tokens = 0
-        self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._width = in_features
+        self._device = device
+        self._sum: torch.Tensor | None = None
 
     def update(self, x: torch.Tensor) -> None:
         """Add inputs [..., in_features] of any float dtype."""
-        flat = x.detach().reshape(-1, x.shape[-1]).to(self.sum.device)
+        flat = x.detach().reshape(-1, x.shape[-1]).to(self._device)
         if flat.dtype != torch.bfloat16:
             flat = flat.float()
         if len(flat):
             self.tokens += len(flat)
-            _add_upper(self.sum, flat)
+            self._sum = self._held()
+            _add_upper(self._sum, flat)
 
     def result(self) -> torch.Tensor:
         """H = 2/n sum x x^T, float32 [in, in]; zeros when no token was seen."""
-        upper = torch.triu(self.sum)
-        whole = upper + torch.triu(upper, 1).T
-        return whole.mul_(2.0 / max(self.tokens, 1))
+        return _mirror(self._held().clone()).mul_(2.0 / max(self.tokens, 1))
+
+    def take(self) -> torch.Tensor:
+        """`result`, in the memory of the sum, which ends here."""
+        whole, self._sum = self._held(), None
+        return _mirror(whole).mul_(2.0 / max(self.tokens, 1))
+
+    def _held(self) -> torch.Tensor:
+        if self._sum is not None:
+            return self._sum
+        return torch.zeros(self._width, self._width, dtype=torch.float32, device=self._device)
+
+
+def _mirror(x: torch.Tensor) -> torch.Tensor:
+    """Copy the upper triangle of x [n, n] onto the lower one, in place, with little memory."""
+    for start in range(0, len(x), _LEAF):
+        stop = min(start + _LEAF, len(x))
+        corner = torch.triu(x[start:stop, start:stop])
+        x[start:stop, start:stop] = corner + torch.triu(corner, 1).T
+        x[stop:, start:stop] = x[start:stop, stop:].T
+    return x
 
 
 def _add_upper(into: torch.Tensor, x: torch.Tensor) -> None:

@@ -1,0 +1,53 @@
+"""Where the calibration activations of a walk live: in memory, or in a mapped file where they would
+take too much of it."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from compressor.errors import RunError
+from compressor.numerics.memory import free_bytes
+
+# Of the free memory that activations may take; block weights and Hessians need the rest.
+ACTIVATIONS_SHARE = float(os.environ.get("COMPRESSOR_ACTIVATIONS_SHARE", "0.5"))
+
+
+def fits_memory(size: int) -> bool:
+    """Whether activations of ``size`` bytes may stay in memory."""
+    return size <= ACTIVATIONS_SHARE * free_bytes()
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype, directory: Path | None) -> torch.Tensor:
+    """A tensor whose values are not set yet.
+
+    Args:
+        shape: at least one element.
+        dtype: of the elements.
+        directory: None for memory. Else the tensor is mapped from a file there that has no name:
+            the kernel frees it with the tensor, or when the process dies however it dies.
+
+    Raises:
+        RunError: no room for the file.
+    """
+    if directory is None:
+        return torch.empty(*shape, dtype=dtype)
+    size = math.prod(shape) * dtype.itemsize
+    with tempfile.TemporaryFile(dir=directory) as file:
+        try:
+            # All of it now: a disk that fills up under a mapping kills the process.
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise RunError(
+                f"no room for {size / 1e9:.1f} GB of calibration activations ({error.strerror})",
+                where=str(directory),
+                fix="free disk space, or lower `calibration.samples`",
+            ) from error
+        mapped = mmap.mmap(file.fileno(), size)
+    return torch.frombuffer(mapped, dtype=dtype).view(*shape)
