@@ -212,10 +212,9 @@ def _dtype(recipe: Recipe) -> str:
 
 def _schemes(variant: Variant) -> list[tuple[Scheme, bool]]:
     """Every scheme that layers of the variant may get, and whether columns get a group index."""
-    step = next(s for s in variant.quantize if registry.get(s.algorithm).kind == "weights")
-    options: Any = step.options
+    options: Any = None if variant.library else variant.quantizer.options
     if not isinstance(options, registry.SchemeOptions):
-        return []  # a third party's, whose grid is not known
+        return []  # a library's or a third party's, whose grid is not known
     g_idx = getattr(options, "desc_act", False) and not getattr(options, "static_groups", True)
     if variant.precision is None:
         return [(options.parsed(), g_idx)]

@@ -541,6 +541,6 @@ def _quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn
         )
         model.replace_linear(ref, linear)
     if quantized.result.get("kv_cache"):
-        round_cache(model, kv_scales(quantized.path), KV_CACHE[quantized.result.get("kv_cache")])
+        round_cache(model, kv_scales(quantized.path), KV_CACHE[quantized.result["kv_cache"]])
     replaced = replaced_tensors(quantized.path)
     return model.load_full(torch.float32, device, replaced)

@@ -171,7 +171,7 @@ def test_vllm_itself_says_the_same_of_packed_weights(tmp_path: Path) -> None:
         if group == -1 or columns % group == 0
     ]
     done = subprocess.run(
-        [str(python), "-c", VLLM_SCRIPT],
+        [str(python.absolute()), "-c", VLLM_SCRIPT],
         input=json.dumps(cases),
         capture_output=True,
         text=True,
