@@ -272,6 +272,7 @@ def write(args: argparse.Namespace, rows: list[Any], baseline: Any, tokens: np.n
         "seen from outside the process.",
         "",
         table(rows),
+        *(f"\n{row['name']}: {row['note']}" for row in rows if "note" in row),
     ]
     (args.output / "README.md").write_text("\n".join(lines) + "\n")
 
