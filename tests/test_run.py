@@ -78,6 +78,16 @@ def report(project: Path) -> dict[str, Any]:
     return json.loads((newest / "report" / "report.json").read_text())
 
 
+def completed(project: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The report of a recipe that is run to its end without a failed variant."""
+    write(project, recipe)
+    done = compress(project)
+    assert done.returncode == 0, done.stderr
+    made = report(project)
+    assert all(v["status"] == "ok" for v in made["variants"])
+    return made
+
+
 def test_run_makes_artifacts_figures_and_reports(project: Path) -> None:
     done = compress(project)
     assert done.returncode == 0, done.stderr
@@ -143,12 +153,8 @@ def test_rotated_variants_share_one_rotation_and_are_exported_whole(project: Pat
             "quantize": [{"rotation": {}}, {"smoothquant": {}}, {"gptq": {"scheme": "W8A8"}}]
         },
     }
-    write(project, recipe)
-    done = compress(project)
-    assert done.returncode == 0, done.stderr
-    made = report(project)
+    made = completed(project, recipe)
     variants = {v["name"]: v for v in made["variants"]}
-    assert all(v["status"] == "ok" for v in variants.values())
     assert [s["name"] for s in made["stages"] if s["name"].startswith("rotate")] == ["rotate:0"]
     losses = {name: v["quality"][0]["kl_mean"] for name, v in variants.items()}
     assert 0 < losses["rotated"] < 3 * losses["plain"]
@@ -173,12 +179,7 @@ def test_float8_and_its_cache_from_recipe_to_report(project: Path) -> None:
         name: {"quantize": [{"rtn": {"scheme": "FP8"}}], "kv_cache": kv_cache}
         for name, kv_cache in {"fp8": None, "fp8-kv": "fp8", "int8-kv": "int8"}.items()
     }
-    write(project, recipe)
-    done = compress(project)
-    assert done.returncode == 0, done.stderr
-    made = report(project)
-    variants = {v["name"]: v for v in made["variants"]}
-    assert all(v["status"] == "ok" for v in variants.values())
+    variants = {v["name"]: v for v in completed(project, recipe)["variants"]}
     assert variants["fp8"]["scheme"] == "FP8"
     assert variants["fp8-kv"]["scheme"] == "FP8 with fp8 cache"
     losses = {name: v["quality"][0]["kl_mean"] for name, v in variants.items()}
@@ -212,12 +213,7 @@ def test_a_quantized_output_layer_is_evaluated_exported_and_measured(project: Pa
     workload = {"input_length": 8, "output_length": 4, "requests": 2, "rounds": 2,
                 "concurrency": [1]}  # fmt: skip
     recipe["measure"] = {"workload": workload, "dtype": "bfloat16"}
-    write(project, recipe)
-    done = compress(project)
-    assert done.returncode == 0, done.stderr
-    made = report(project)
-    variants = {v["name"]: v for v in made["variants"]}
-    assert all(v["status"] == "ok" for v in variants.values())
+    variants = {v["name"]: v for v in completed(project, recipe)["variants"]}
     schemes = {
         name: {row["name"]: row["scheme"] for row in v["quantization"]["layers"]}
         for name, v in variants.items()
