@@ -50,7 +50,7 @@ _GPTQ = {
     "true_sequential": True,
 }
 _REFINED = {"signround": {"iterations": 50, "batch_size": 4}}
-_INT8 = {"gptq": {"scheme": "W8A8", "true_sequential": True}}
+_INT8 = {"gptq": {"scheme": "W8A8"}}
 OURS: dict[str, list[dict[str, Any]]] = {
     "rtn": [{"rtn": {"scheme": "W4A16", "group_size": GROUP, "observer": "mse"}}],
     "gptq": [{"gptq": _GPTQ}],
@@ -64,6 +64,11 @@ OURS: dict[str, list[dict[str, Any]]] = {
     "rotation+gptq+signround": [{"rotation": {}}, {"gptq": _GPTQ}, _REFINED],
     "W8A8 smoothquant+gptq": [{"smoothquant": {}}, _INT8],
     "W8A8 rotation+smoothquant+gptq": [{"rotation": {}}, {"smoothquant": {}}, _INT8],
+    "W8A8 rotation+smoothquant+gptq, asymmetric activations": [
+        {"rotation": {}},
+        {"smoothquant": {}},
+        {"gptq": {"scheme": "W8A8", "activations": "dynamic-asymmetric"}},
+    ],
 }
 PEERS: dict[str, dict[str, Any]] = {
     f"llmcompressor gptq {dtype}": {
@@ -158,7 +163,7 @@ def run(command: list[str]) -> dict[str, Any]:
     out, err = process.communicate()
     watcher.join()
     if process.returncode:
-        raise SystemExit(f"{' '.join(command[:3])} failed:\n{err[-3000:]}")
+        raise RuntimeError(f"{' '.join(command[:3])} failed:\n{err[-3000:]}")
     facts = json.loads(out.strip().splitlines()[-1])
     return facts | {"wall_seconds": time.perf_counter() - started, "peak_rss_bytes": peak}
 
@@ -217,7 +222,11 @@ def compete(args: argparse.Namespace, scratch: Path) -> None:
             continue
         output = scratch / name.replace(" ", "-")
         where = [str(model_dir), str(scratch / "tokens.npy"), str(output)]
-        facts = run([*command[:-1], *where, command[-1]])
+        try:
+            facts = run([*command[:-1], *where, command[-1]])
+        except RuntimeError as error:  # the others go on
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            continue
         if "quantization_config" in json.loads((output / "config.json").read_text()):
             variant = compressed_tensors.load_model(output)
         else:

@@ -242,6 +242,8 @@ def _described(scheme: Scheme) -> str:
         parts.append("asymmetric")
     if scheme.input_activations is not None and not scheme.input_activations.dynamic:
         parts.append("static")
+    if scheme.input_activations is not None and not scheme.input_activations.symmetric:
+        parts.append("activations with zero points")
     return ", ".join(parts)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from compressor.models.shapes import LinearShape
-from compressor.numerics.scheme import Scheme
+from compressor.numerics.scheme import DYNAMIC, Scheme
 
 VLLM_VERSION = "0.32"
 Level = Literal["native", "dequantized", "fails"]
@@ -106,13 +106,12 @@ def _w8a8(scheme: Scheme) -> bool:
 
 def _w4a8(scheme: Scheme) -> bool:
     # The same file, _is_dynamic_token_w4a8_int.
-    return _is("W4A8")(scheme) and not _static(scheme)
+    return _is("W4A8")(scheme) and scheme.input_activations == DYNAMIC
 
 
-def _static(scheme: Scheme, *_: object) -> str:
-    if scheme.input_activations is not None and not scheme.input_activations.dynamic:
-        return "experts need dynamic activations"
-    return ""
+def _not_dynamic(scheme: Scheme, *_: object) -> str:
+    # compressed_tensors_moe/compressed_tensors_moe_w8a8_int8.py does not read input_symmetric.
+    return "" if scheme.input_activations == DYNAMIC else "experts need dynamic activations"
 
 
 def _groups(*sizes: int) -> Callable[[Scheme, LinearShape, Target], str]:
@@ -206,7 +205,7 @@ _ROWS: tuple[_Row, ...] = (
     _Row("vllm", "cpu", "AMX fp8", _is("FP8"), _needs_amx),
     # layers/fused_moe/experts/cpu_moe.py, CPUExpertsInt8 and CPUExpertsInt4: x86 with AMX; W4A16 in
     # groups (compressed_tensors_moe_wna16.py: "channelwise is not supported by this kernel").
-    _Row("vllm", "cpu", "CPUExpertsInt8", _w8a8, _all(_static, _needs_amx, _multiples(32, 32)),
+    _Row("vllm", "cpu", "CPUExpertsInt8", _w8a8, _all(_not_dynamic, _needs_amx, _multiples(32, 32)),
          experts=True),
     _Row("vllm", "cpu", "CPUExpertsInt4", lambda s: _is("W4A16")(s) and _group(s) != -1,
          _needs_amx, experts=True),
@@ -230,7 +229,7 @@ _ROWS: tuple[_Row, ...] = (
     _Row("vllm", "cuda", "CUTLASS fp8", _is("FP8"), least=89),
     _Row("vllm", "cuda", "Marlin fp8, weights only", _is("FP8"), least=75, below=89),
     # layers/fused_moe/oracle/int8.py (Triton, 7.5) and compressed_tensors_moe_w8a8_int8.py.
-    _Row("vllm", "cuda", "Triton int8 experts", _w8a8, _static, least=75, experts=True),
+    _Row("vllm", "cuda", "Triton int8 experts", _w8a8, _not_dynamic, least=75, experts=True),
     # layers/fused_moe/oracle/int_wna16.py, experts/marlin_moe.py.
     _Row("vllm", "cuda", "Marlin experts", lambda s: _is("W4A16", None)(s) or _is("W8A16")(s),
          _all(_groups(-1, 32, 64, 128), _marlin_experts), least=75, experts=True),

@@ -61,7 +61,7 @@ def test_our_rows_say_what_the_kernels_do(name: str, dtype: torch.dtype) -> None
     ("target", "scheme", "shapes", "level", "words"),
     [
         (CPU, Scheme.parse("W8A8"), SQUARE, "native", "oneDNN"),
-        (CPU, Scheme.parse("W8A8", static_activations=True), SQUARE, "native", "oneDNN"),
+        (CPU, Scheme.parse("W8A8", activations="static"), SQUARE, "native", "oneDNN"),
         (CPU, Scheme.parse("W8A16"), SQUARE, "fails", "W8A16"),
         (CPU, Scheme.parse("W4A16", 128), SQUARE, "native", "CPUWNA16"),
         (CPU, Scheme.parse("W4A16", 16), [LinearShape("x", 96, 48)], "fails", "48 input"),
@@ -73,7 +73,7 @@ def test_our_rows_say_what_the_kernels_do(name: str, dtype: torch.dtype) -> None
         (A100, Scheme.parse("W8A8"), SQUARE, "native", "CUTLASS"),
         (B200, Scheme.parse("W8A8"), SQUARE, "fails", "below 10.0"),
         (A100, Scheme.parse("W8A8", 128), SQUARE, "fails", "groups of 128"),
-        (A100, Scheme.parse("W8A8", static_activations=True), EXPERT, "fails", "dynamic"),
+        (A100, Scheme.parse("W8A8", activations="static"), EXPERT, "fails", "dynamic"),
         (Target("vllm", "cuda", 70), Scheme.parse("W4A16"), SQUARE, "fails", "7.5"),
         (H100, Scheme.parse("W4A16", 64), SQUARE, "native", "Machete"),
         (H100, Scheme.parse("W4A16", 32), SQUARE, "native", "Marlin"),

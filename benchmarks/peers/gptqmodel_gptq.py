@@ -10,6 +10,7 @@ all. The last line is JSON with the seconds that `quantize` took (loading and sa
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -17,6 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+# On two cores it gives itself one worker, and then refuses to start for having too few.
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
+
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer

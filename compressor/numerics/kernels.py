@@ -8,9 +8,11 @@
 
 Activations are rounded as vLLM's dynamic per-token int8 kernels do: scale = absmax / 127, codes in
 [-127, 127] (csrc/quantization/w8a8/int8: ``dynamic_scaled_int8_quant``); static ones as its
-``static_scaled_int8_quant``, with a given scale and codes in [-128, 127]. float8_e4m3fn ones are
-rounded as its ``QuantFP8.forward_native`` (layers/quantization/input_quant_fp8.py) does: scale =
-absmax / 448 and at least 1 / (448 * 512), inputs multiplied by its reciprocal and saturated.
+``static_scaled_int8_quant``, with a given scale and codes in [-128, 127]; those with a zero point
+as its ``dynamic_scaled_int8_azp_quant``, from a token's least value (or zero) to its largest in 255
+steps. float8_e4m3fn ones are rounded as its ``QuantFP8.forward_native``
+(layers/quantization/input_quant_fp8.py) does: scale = absmax / 448 and at least 1 / (448 * 512),
+inputs multiplied by its reciprocal and saturated.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import FP8_MAX, ActivationScheme, Scheme
 
 INT8_MAX = 127.0
+_INT8_STEPS = 255.0
 _FP8_LEAST_SCALE = 1.0 / (FP8_MAX * 512.0)
 _INT4_GROUPS = (32, 64, 128, 256)
 _INT8_COLUMNS = 16  # _weight_int8pack_mm reads 16 columns at a time and past the end of others
@@ -65,16 +68,24 @@ class Int8(Kernel):
     codes: torch.Tensor
     scale: torch.Tensor
     input_scale: torch.Tensor | None
+    sums: torch.Tensor | None
 
-    def __init__(self, tensor: QuantizedTensor) -> None:
+    def __init__(self, tensor: QuantizedTensor, asymmetric: bool) -> None:
         super().__init__()
         self.register_buffer("input_scale", tensor.input_scale)
         self.register_buffer("codes", tensor.codes.t())  # a view: int_mm takes it transposed
         self.register_buffer("scale", tensor.scale.view(1, -1))
+        sums = tensor.codes.sum(1, dtype=torch.int32).view(1, -1) if asymmetric else None
+        self.register_buffer("sums", sums)  # what a zero point adds to each output
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        codes, scale = quantize_rows(x, self.input_scale)
-        product = torch._int_mm(codes, self.codes)
+        if self.sums is None:
+            codes, scale = quantize_rows(x, self.input_scale)
+            product = torch._int_mm(codes, self.codes)
+        else:
+            codes, scale, zero = quantize_rows_asymmetric(x)
+            product = torch._int_mm(codes, self.codes)
+            product.sub_(zero * self.sums)
         return product.float().mul_(scale).mul_(self.scale).to(x.dtype)
 
 
@@ -162,7 +173,7 @@ def select(tensor: QuantizedTensor, scheme: Scheme, dtype: torch.dtype) -> Kerne
     weights, activations = scheme.weights, scheme.input_activations
     channel = weights.strategy == "channel" and weights.symmetric
     if weights.num_bits == 8 and channel and activations is not None:
-        return Int8(tensor)
+        return Int8(tensor, not activations.symmetric)
     if activations is not None or dtype != torch.bfloat16:
         return None
     out, columns = tensor.codes.shape
@@ -187,6 +198,21 @@ def quantize_rows(
     return torch.round(values / safe).to(torch.int8), scale
 
 
+def quantize_rows_asymmetric(
+    x: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """int8 codes [n, in] of activations, float32 scales [n, 1] and int32 zero points [n, 1]: a
+    value is (code - zero) * scale. Every row's range reaches to zero at least."""
+    values = x.float()
+    low, high = torch.aminmax(values, dim=-1, keepdim=True)
+    low, high = low.clamp_(max=0), high.clamp_(min=0)
+    scale = (high - low).div_(_INT8_STEPS)
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    zero = torch.round(-128 - low / safe)
+    codes = torch.round(values / safe).add_(zero).clamp_(-128, 127).to(torch.int8)
+    return codes, scale, zero.to(torch.int32)
+
+
 def quantize_rows_fp8(
     x: torch.Tensor, fixed: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,9 +231,12 @@ def rounded(
 
     Args:
         x: activations.
-        scheme: 8-bit integers or floats, symmetric.
+        scheme: 8-bit integers or floats; with a zero point only integers, per token.
         fixed: float32 [1], the scale of static ones.
     """
+    if not scheme.symmetric:
+        codes, scale, zero = quantize_rows_asymmetric(x)
+        return ((codes.float() - zero) * scale).to(x.dtype)
     quantizer = quantize_rows_fp8 if scheme.type == "float" else quantize_rows
     codes, scale = quantizer(x, fixed)
     return (codes.float() * scale).to(x.dtype)

@@ -9,7 +9,9 @@ from torch import nn
 
 from compressor.numerics import kernels
 from compressor.numerics.quantized import QuantizedTensor
-from compressor.numerics.scheme import FP8, FP8_STATIC, STATIC, ActivationScheme, Scheme
+from compressor.numerics.scheme import ASYMMETRIC, DYNAMIC, FP8, FP8_STATIC, STATIC, Scheme
+
+_COMPUTED = (None, DYNAMIC, ASYMMETRIC, STATIC, FP8, FP8_STATIC)
 
 
 class QuantizedLinear(nn.Module):
@@ -49,14 +51,15 @@ class QuantizedLinear(nn.Module):
             dtype: of inputs and outputs.
 
         Raises:
-            ValueError: the scheme rounds activations otherwise than to symmetric int8 or
-                float8_e4m3fn with a scale per token or a static one, or that is missing.
+            ValueError: the scheme rounds activations otherwise than to int8 or float8_e4m3fn with a
+                scale per token or a static one (int8 with a zero point: per token), or the static
+                one is missing.
         """
-        if scheme.input_activations not in (None, ActivationScheme(), STATIC, FP8, FP8_STATIC):
+        if scheme.input_activations not in _COMPUTED:
             raise ValueError(
                 f"activations of scheme {scheme.name} are {scheme.input_activations}; "
-                "only symmetric int8, dynamic per token or static per tensor, and fp8 alike, is "
-                "computed"
+                "only int8, dynamic per token or static per tensor (which is symmetric), and fp8 "
+                "alike, is computed"
             )
         if scheme.static_activations and tensor.input_scale is None:
             raise ValueError("the scheme has static activations, but the layer has no input_scale")

@@ -10,6 +10,7 @@ DEFAULT_GROUP_SIZE = 128
 FP8_MAX = 448  # largest float8_e4m3fn (OCP 8-bit floating point specification, table 2)
 
 NumberType = Literal["int", "float"]
+ActivationKind = Literal["dynamic", "dynamic-asymmetric", "static"]
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,12 @@ class ActivationScheme:
         return float(FP8_MAX if self.type == "float" else (1 << (self.num_bits - 1)) - 1)
 
 
+DYNAMIC = ActivationScheme()
+ASYMMETRIC = ActivationScheme(symmetric=False)
 STATIC = ActivationScheme(strategy="tensor", dynamic=False)
 FP8 = ActivationScheme(type="float")
 FP8_STATIC = ActivationScheme(strategy="tensor", dynamic=False, type="float")
+_INT8_ACTIVATIONS = {"dynamic": DYNAMIC, "dynamic-asymmetric": ASYMMETRIC, "static": STATIC}
 # Of cached keys and values: one static scale for the keys of a layer and one for its values.
 KV_CACHE = {"int8": STATIC, "fp8": FP8_STATIC}
 
@@ -96,7 +100,7 @@ class Scheme:
         name: str,
         group_size: int | None = None,
         symmetric: bool = True,
-        static_activations: bool = False,
+        activations: ActivationKind = "dynamic",
     ) -> Scheme:
         """From a name W{2..8}A{16,8}, or FP8 (weights and activations float8_e4m3fn).
 
@@ -105,21 +109,22 @@ class Scheme:
             group_size: input columns per scale; -1 for one scale per output channel; None for
                 the default (channel for 8-bit weights, groups of 128 below).
             symmetric: of the weights' grid.
-            static_activations: one scale for the whole input, from calibration, instead of one per
-                token; only with 8-bit activations.
+            activations: of 8 bits: one scale per token, found while serving; that with a zero
+                point per token too, so that the range of a token's values is used on both sides;
+                or one scale for the whole input, from calibration.
 
         Raises:
             ValueError: the name is not of that form, the group size is not positive, 16-bit
-                activations are to be static, or FP8 is to have groups or zero points.
+                activations are to be rounded, or FP8 is to have groups or zero points.
         """
         if name == "FP8":
-            if group_size not in (None, -1) or not symmetric:
+            if group_size not in (None, -1) or not symmetric or "asymmetric" in activations:
                 raise ValueError(
                     "scheme FP8 has one scale per output channel and no zero points: leave out "
-                    "group_size and symmetric"
+                    "group_size and symmetric, and asymmetric activations"
                 )
             weights = WeightScheme(8, type="float")
-            return cls(name, weights, FP8_STATIC if static_activations else FP8)
+            return cls(name, weights, FP8_STATIC if activations == "static" else FP8)
         match = re.fullmatch(r"W([2-8])A(16|8)", name)
         if not match:
             raise ValueError(
@@ -130,7 +135,7 @@ class Scheme:
             group_size = DEFAULT_GROUP_SIZE
         if group_size is not None and group_size != -1 and group_size < 1:
             raise ValueError(f"group_size is {group_size}: it must be positive, or -1 for channels")
-        if static_activations and activation_bits == 16:
+        if activations != "dynamic" and activation_bits == 16:
             raise ValueError(f"scheme {name} leaves activations as they are: they have no scale")
         grouped = group_size not in (None, -1)
         return cls(
@@ -141,9 +146,7 @@ class Scheme:
                 "group" if grouped else "channel",
                 group_size if grouped else None,
             ),
-            (STATIC if static_activations else ActivationScheme())
-            if activation_bits == 8
-            else None,
+            _INT8_ACTIVATIONS[activations] if activation_bits == 8 else None,
         )
 
     def to_dict(self) -> dict[str, Any]:

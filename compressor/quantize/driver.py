@@ -48,7 +48,7 @@ from compressor.models.folding import Producer, find_producers
 from compressor.models.kv_cache import KEY, VALUE, CacheObserver, check_attention, no_cache
 from compressor.numerics.memory import free_bytes, keep_freed_pages
 from compressor.numerics.quantized import QuantizedTensor
-from compressor.numerics.scheme import ActivationScheme, Scheme
+from compressor.numerics.scheme import ASYMMETRIC, DYNAMIC, ActivationScheme, Scheme
 from compressor.quantize.activations import allocate, fits_memory
 from compressor.quantize.devices import solving_devices, spread
 from compressor.quantize.head import quantize_in_parts
@@ -430,7 +430,7 @@ class _Walk:
         seen: int | None = None
         if self.needs_statistics:
             assert self.hidden is not None
-            statistics = InputStatistics(width, self.device, False, _fits_inputs(algorithm))
+            statistics = InputStatistics(width, self.device, False, _fitted_inputs(algorithm))
             for part in self._parts():
                 hidden = self.hidden[part].to(self.device)
                 statistics.update(self.model.head_input(hidden, self.ids[part]))
@@ -663,7 +663,8 @@ class _Walk:
 
     def _statistics(self, refs: list[LinearRef], last: bool = False) -> InputStatistics:
         """Of the input of linears; ``last`` where no transform will change it any more."""
-        rounded = last and all(_fits_inputs(self._algorithm(ref)) for ref in refs)
+        schemes = {_fitted_inputs(self._algorithm(ref)) for ref in refs} if last else set()
+        rounded = schemes.pop() if len(schemes) == 1 else None
         width = refs[0].module.in_features
         return InputStatistics(width, self.device, self.channels, rounded)
 
@@ -842,11 +843,12 @@ class _Walk:
                 left = self._split(left)
 
 
-def _fits_inputs(algorithm: Algorithm) -> bool:
-    """Whether weights are fitted to the rounded inputs that they will be multiplied with."""
+def _fitted_inputs(algorithm: Algorithm) -> ActivationScheme | None:
+    """How inputs are rounded that weights are fitted to before they are rounded themselves."""
     options = algorithm.options
     wanted = getattr(options, "fit_inputs", False) and getattr(options, "true_sequential", False)
-    return wanted and algorithm.scheme.input_activations == ActivationScheme()
+    scheme = algorithm.scheme.input_activations
+    return scheme if wanted and scheme in (DYNAMIC, ASYMMETRIC) else None
 
 
 def _head(model: CausalLM, algorithm: Algorithm) -> LinearRef:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from compressor.numerics.scheme import Scheme
+from compressor.numerics.scheme import ActivationKind, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -91,10 +91,12 @@ class SchemeOptions(AlgorithmOptions):
         "layer's output (needs calibration).",
     )
 
-    activations: Literal["dynamic", "static"] = Field(
+    activations: ActivationKind = Field(
         "dynamic",
-        description="Scales of 8-bit activations: one per token, found while serving, or one per "
-        "layer from calibration (cheaper to serve, less exact).",
+        description="Scales of 8-bit activations: one per token, found while serving (dynamic); "
+        "with a zero point per token too, which halves the error where a token's largest value "
+        "stands alone on one side (dynamic-asymmetric, W8A8 only); or one per layer from "
+        "calibration (static: cheaper to serve, less exact).",
     )
 
     @property
@@ -108,8 +110,7 @@ class SchemeOptions(AlgorithmOptions):
 
     def parsed(self) -> Scheme:
         """The scheme that these options describe."""
-        static = self.activations == "static"
-        return Scheme.parse(self.scheme, self.group_size, self.symmetric, static)
+        return Scheme.parse(self.scheme, self.group_size, self.symmetric, self.activations)
 
 
 @dataclass

@@ -100,7 +100,7 @@ def learned_scales(
 
     summed over the linears, is a sum of maxima of monomials of s, hence convex in log s (a
     geometric program: Boyd, Kim, Vandenberghe, Hassibi, "A tutorial on geometric programming",
-    2007). Adam in log s finds it.
+    2007; a zero point makes of the first maximum half the sum of two). Adam in log s finds it.
 
     Args:
         weights: float32 [out, in] of every linear that reads this input.
@@ -111,7 +111,10 @@ def learned_scales(
     """
     steps = 2.0**scheme.weights.num_bits - 1
     groups = scheme.weights.groups(rows.shape[1])
-    inputs = absmax.unsqueeze(0) if scheme.static_activations else rows.abs()
+    activations = scheme.input_activations
+    both_sides = activations is not None and not activations.symmetric
+    inputs = absmax.unsqueeze(0) if scheme.static_activations else rows
+    inputs = inputs if both_sides else inputs.abs()
     moment = rows.square().mean(0)
     terms = []
     for weight in weights:
@@ -126,7 +129,10 @@ def learned_scales(
         for iteration in range(_ITERATIONS):
             scale = log_scale.exp()
             part = inputs[iteration % _PARTS :: _PARTS] if len(inputs) >= _PARTS else inputs
-            squared_step = (part / scale).amax(1).square().mean() / INT8_MAX**2
+            reach = (part / scale).amax(1)
+            if both_sides:  # half of the range from the least value to the largest, zero in it
+                reach = (reach.clamp_min(0) - (part / scale).amin(1).clamp_max(0)) / 2
+            squared_step = reach.square().mean() / INT8_MAX**2
             error = scale.new_zeros(())
             for columns, grouped, share in terms:
                 error = error + squared_step * (scale.square() * columns).sum()

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from compressor.numerics.kernels import quantize_rows
+from compressor.numerics.kernels import rounded as round_inputs
+from compressor.numerics.scheme import ActivationScheme
 
 _LEAF = 256
 _ROWS_PER_UPDATE = 64
@@ -21,8 +22,8 @@ class InputStatistics:
         in_features: width of the input.
         device: where the statistics are held (float32).
         channels: also keep each channel's size and some rows, not the second moments alone.
-        rounded: take the second moments of the inputs rounded to int8 token by token, as they will
-            be when served, and ``drift``, what the rounding takes away.
+        rounded: take the second moments of the inputs rounded by this scheme, token by token, as
+            they will be when served, and ``drift``, what the rounding takes away.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class InputStatistics:
         in_features: int,
         device: str | torch.device = "cpu",
         channels: bool = True,
-        rounded: bool = False,
+        rounded: ActivationScheme | None = None,
     ) -> None:
         self.accumulator = HessianAccumulator(in_features, device)
         self._channels = channels
@@ -80,15 +81,16 @@ class InputStatistics:
         flat = x.detach().reshape(-1, x.shape[-1]).to(self.absmax.device)
         if not len(flat):
             return
-        if not self._rounded:
+        if self._rounded is None:
             self.accumulator.update(flat)
         else:
             if self._drift is None:
                 width = flat.shape[1]
                 self._drift = torch.zeros(width, width, device=self.absmax.device)
-            codes, step = quantize_rows(flat)
-            lost = (flat.float() - codes.float().mul_(step)).to(flat.dtype)
-            near = codes.to(flat.dtype).mul_(step.to(flat.dtype))
+            exact = flat.float()
+            near = round_inputs(exact, self._rounded)
+            lost = (exact - near).to(flat.dtype)
+            near = near.to(flat.dtype)
             self.accumulator.update(near)
             _add(self._drift, lost, near)
         if not self._channels:

@@ -102,7 +102,7 @@ def test_codes_that_are_not_numbers_are_refused() -> None:
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_rounds_its_inputs(static: bool, dtype: torch.dtype) -> None:
-    scheme = Scheme.parse("FP8", static_activations=static)
+    scheme = Scheme.parse("FP8", activations="static" if static else "dynamic")
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(48, 64, generator=generator), torch.randn(9, 64, generator=generator)
     x[0] = 0  # a row without anything in it

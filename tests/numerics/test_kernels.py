@@ -111,7 +111,7 @@ def test_activation_schemes_that_are_not_computed_are_refused(
 
 @pytest.mark.parametrize("kernel", ["reference", "auto"])
 def test_static_activations_have_one_scale(kernel: Literal["reference", "auto"]) -> None:
-    scheme = Scheme.parse("W8A8", static_activations=True)
+    scheme = Scheme.parse("W8A8", activations="static")
     tensor = quantized(scheme, 32, 128)
     with pytest.raises(ValueError, match="no input_scale"):
         QuantizedLinear.from_tensor(tensor, scheme, None, kernel=kernel)

@@ -37,7 +37,9 @@ def test_equation_4() -> None:
 def test_learned_scales_beat_every_strength(name: str, static: bool) -> None:
     weights, statistics = _problem()
     group_size = 16 if name == "W4A8" else None
-    scheme = Scheme.parse(name, group_size=group_size, static_activations=static)
+    scheme = Scheme.parse(
+        name, group_size=group_size, activations="static" if static else "dynamic"
+    )
     largest = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
 
     def error(scale: torch.Tensor) -> float:
@@ -80,7 +82,7 @@ def test_weight_only_schemes_are_left_alone() -> None:
 def test_float8_search_never_loses(static: bool) -> None:
     """Rounded as fp8 on both sides; nothing is learned, whose model is of equal steps."""
     weights, statistics = _problem()
-    scheme = Scheme.parse("FP8", static_activations=static)
+    scheme = Scheme.parse("FP8", activations=["dynamic", "static"][static])
     scale = SmoothQuant(SmoothQuantOptions()).scales(weights, statistics, scheme)
     largest = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
     absmax = statistics.absmax

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.numerics.kernels import quantize_rows
+from compressor.numerics.scheme import DYNAMIC
 from compressor.quantize.statistics import (
     HessianAccumulator,
     InputStatistics,
@@ -50,7 +51,7 @@ def correlated(rows: int, columns: int) -> torch.Tensor:
 
 def test_statistics_of_rounded_inputs() -> None:
     x = correlated(500, 24)
-    seen = InputStatistics(24, rounded=True)
+    seen = InputStatistics(24, rounded=DYNAMIC)
     seen.update(x[:200])
     seen.update(x[200:])
     codes, step = quantize_rows(x)
@@ -68,7 +69,7 @@ def test_statistics_of_rounded_inputs() -> None:
 def test_fitted_weights_are_the_least_squares_solution() -> None:
     x = correlated(4000, 24)
     weight = torch.randn(8, 24, generator=torch.Generator().manual_seed(2))
-    seen = InputStatistics(24, rounded=True)
+    seen = InputStatistics(24, rounded=DYNAMIC)
     seen.update(x)
     assert seen.drift is not None
     (fitted,) = fit_to_rounded_inputs([weight], seen.hessian, seen.drift, 1e-9)
@@ -87,7 +88,7 @@ def test_inputs_that_survive_rounding_change_nothing() -> None:
     x = torch.randint(-127, 128, (300, 12), generator=torch.Generator().manual_seed(0)).float()
     x[:, 0] = 127.0
     weight = torch.randn(4, 12)
-    seen = InputStatistics(12, rounded=True)
+    seen = InputStatistics(12, rounded=DYNAMIC)
     seen.update(x)
     assert seen.drift is not None and not bool(seen.drift.any())
     (fitted,) = fit_to_rounded_inputs([weight], seen.hessian, seen.drift, 0.01)
