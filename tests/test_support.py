@@ -21,6 +21,7 @@ from compressor.support import Support, Target, check
 CPU = Target("vllm", "cpu")
 A100, H100, B200 = (Target("vllm", "cuda", c) for c in (80, 90, 100))
 OURS = Target("transformers", "cpu")
+ZERO_POINTS = Scheme.parse("W8A8", activations="dynamic-asymmetric")
 SQUARE = [LinearShape("model.layers.0.self_attn.o_proj", 4096, 4096)]
 EXPERT = [LinearShape("model.layers.0.mlp.experts.0.gate_up", 1536, 2048, expert=True)]
 
@@ -62,6 +63,9 @@ def test_our_rows_say_what_the_kernels_do(name: str, dtype: torch.dtype) -> None
     [
         (CPU, Scheme.parse("W8A8"), SQUARE, "native", "oneDNN"),
         (CPU, Scheme.parse("W8A8", activations="static"), SQUARE, "native", "oneDNN"),
+        (CPU, ZERO_POINTS, SQUARE, "native", "oneDNN"),
+        (A100, ZERO_POINTS, SQUARE, "native", "CUTLASS"),
+        (A100, ZERO_POINTS, EXPERT, "fails", "dynamic"),
         (CPU, Scheme.parse("W8A16"), SQUARE, "fails", "W8A16"),
         (CPU, Scheme.parse("W4A16", 128), SQUARE, "native", "CPUWNA16"),
         (CPU, Scheme.parse("W4A16", 16), [LinearShape("x", 96, 48)], "fails", "48 input"),

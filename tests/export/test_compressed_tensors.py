@@ -46,6 +46,7 @@ def make(
 SCHEMES: list[dict[str, Any]] = [
     {"scheme": "W8A8"},
     {"scheme": "W8A8", "activations": "static"},
+    {"scheme": "W8A8", "activations": "dynamic-asymmetric"},
     {"scheme": "W8A16"},
     {"scheme": "W4A16", "group_size": 16},
     {"scheme": "W4A16", "group_size": 16, "symmetric": False},

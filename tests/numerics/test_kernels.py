@@ -6,11 +6,16 @@ from typing import Literal
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from compressor.numerics import grid, kernels
 from compressor.numerics.linear import QuantizedLinear
 from compressor.numerics.quantized import QuantizedTensor
-from compressor.numerics.scheme import ActivationScheme, Scheme
+from compressor.numerics.scheme import ASYMMETRIC, DYNAMIC, ActivationScheme, Scheme
 
 
 def quantized(scheme: Scheme, out: int, columns: int, *, ordered: bool = False) -> QuantizedTensor:
@@ -96,7 +101,7 @@ def test_columns_that_the_int8_kernel_would_read_past_are_computed_densely(colum
         ActivationScheme(dynamic=False),
         ActivationScheme(strategy="tensor"),
         ActivationScheme(strategy="tensor", dynamic=False, num_bits=4),
-        ActivationScheme(symmetric=False),
+        ActivationScheme(strategy="tensor", dynamic=False, symmetric=False),
         ActivationScheme(num_bits=4),
     ],
 )
@@ -105,8 +110,56 @@ def test_activation_schemes_that_are_not_computed_are_refused(
 ) -> None:
     scheme = Scheme.parse("W8A8")
     other = Scheme("other", scheme.weights, activations)
-    with pytest.raises(ValueError, match="only symmetric int8, dynamic per token"):
+    with pytest.raises(ValueError, match="only int8, dynamic per token"):
         QuantizedLinear.from_tensor(quantized(scheme, 16, 16), other, None, kernel=kernel)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.floats(-1e4, 1e4, width=32), min_size=6, max_size=6), min_size=1, max_size=4
+    )
+)
+def test_zero_points_round_as_the_formats_own_library_does(rows: list[list[float]]) -> None:
+    x = torch.tensor(rows)
+    args = QuantizationArgs(num_bits=8, type="int", strategy="token", symmetric=False, dynamic=True)
+    batch = x.unsqueeze(0)
+    scale, zero = compute_dynamic_scales_and_zp(batch, args, torch.nn.Linear(6, 1))
+    theirs = fake_quantize(batch, scale, zero, args)[0]
+    ours = kernels.rounded(x, ASYMMETRIC)
+    # The library's zero points are rounded from scales of its own: one step apart at most.
+    steps = (x.amax(1).clamp_min(0) - x.amin(1).clamp_max(0)) / 255
+    assert bool(((ours - theirs).abs() <= 1.01 * steps.unsqueeze(1) + 1e-6).all())
+    assert bool(((ours - x).abs() <= 1.01 * steps.unsqueeze(1) + 1e-6).all())
+    codes, _, points = kernels.quantize_rows_asymmetric(x)
+    assert codes.dtype == torch.int8 and points.dtype == torch.int32
+
+
+def test_a_zero_point_halves_the_error_of_a_row_with_one_large_value() -> None:
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(3))
+    x[:, 7] = 60.0
+    lost = {
+        scheme: float((kernels.rounded(x, scheme) - x).norm()) for scheme in (DYNAMIC, ASYMMETRIC)
+    }
+    assert lost[ASYMMETRIC] < 0.6 * lost[DYNAMIC]
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_with_a_zero_point(
+    kernel: Literal["reference", "auto"], dtype: torch.dtype
+) -> None:
+    scheme = Scheme.parse("W8A8", activations="dynamic-asymmetric")
+    tensor = quantized(scheme, 48, 128)
+    linear = QuantizedLinear.from_tensor(tensor, scheme, None, kernel=kernel, dtype=dtype)
+    assert linear.kernel_name.startswith("int8-int_mm" if kernel == "auto" else "dequantized")
+    x = torch.randn(33, 128, generator=torch.Generator().manual_seed(2)).abs().to(dtype)
+    x[3] = 0
+    codes, scale, zero = kernels.quantize_rows_asymmetric(x)
+    expected = (codes.double() - zero) * scale.double() @ tensor.dequantize().double().T
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert float((linear(x).double() - expected).norm() / expected.norm()) < tolerance
+    assert bool((linear(x)[3] == 0).all())
 
 
 @pytest.mark.parametrize("kernel", ["reference", "auto"])

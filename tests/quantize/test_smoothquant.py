@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compressor.numerics.scheme import Scheme
+from compressor.numerics.scheme import ActivationKind, Scheme
 from compressor.quantize.smoothquant import (
     SmoothQuant,
     SmoothQuantOptions,
@@ -33,13 +33,11 @@ def test_equation_4() -> None:
 
 
 @pytest.mark.parametrize("name", ["W8A8", "W4A8"])
-@pytest.mark.parametrize("static", [False, True])
-def test_learned_scales_beat_every_strength(name: str, static: bool) -> None:
+@pytest.mark.parametrize("activations", ["dynamic", "dynamic-asymmetric", "static"])
+def test_learned_scales_beat_every_strength(name: str, activations: ActivationKind) -> None:
     weights, statistics = _problem()
     group_size = 16 if name == "W4A8" else None
-    scheme = Scheme.parse(
-        name, group_size=group_size, activations="static" if static else "dynamic"
-    )
+    scheme = Scheme.parse(name, group_size=group_size, activations=activations)
     largest = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
 
     def error(scale: torch.Tensor) -> float:

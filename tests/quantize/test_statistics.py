@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.numerics.kernels import quantize_rows
-from compressor.numerics.scheme import DYNAMIC
+from compressor.numerics.kernels import quantize_rows, quantize_rows_asymmetric
+from compressor.numerics.scheme import ASYMMETRIC, DYNAMIC
 from compressor.quantize.statistics import (
     HessianAccumulator,
     InputStatistics,
@@ -64,6 +64,15 @@ def test_statistics_of_rounded_inputs() -> None:
     plain.update(x)
     assert plain.drift is None
     torch.testing.assert_close(plain.hessian, 2 / 500 * x.T @ x)
+
+
+def test_statistics_of_inputs_rounded_with_a_zero_point() -> None:
+    x = correlated(500, 24)
+    seen = InputStatistics(24, rounded=ASYMMETRIC)
+    seen.update(x)
+    codes, step, zero = quantize_rows_asymmetric(x)
+    q = ((codes.float() - zero) * step).double()
+    torch.testing.assert_close(seen.hessian.double(), 2 / 500 * q.T @ q, rtol=1e-4, atol=1e-4)
 
 
 def test_fitted_weights_are_the_least_squares_solution() -> None:
