@@ -43,7 +43,6 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "measure": ("numerics", "models", "export", "measure", "data"),
 }
 _HEAD_MEMORY = 300_000_000  # copies of a part of the output layer while it is solved
-WAITING_SHARE = 0.4  # of the free memory that waiting batches may take, as `quantize.driver` has it
 _LIBRARIES = ("torch", "transformers", "compressed-tensors", "tokenizers", "gguf")
 
 
@@ -544,7 +543,7 @@ class _Speed:
     ) -> dict[str, int]:
         """Bytes by part. ``waiting`` is what batches keep while they wait for their linears to be
         quantized (`driver._Walk._suspended_fits`), as far as memory holds it."""
-        from compressor.preflight import free_memory
+        from compressor.numerics import memory
 
         f, itemsize = self.facts, 2 if dtype == "bfloat16" else 4
         parts = {
@@ -571,7 +570,7 @@ class _Speed:
         parts["embeddings"] = max(0, 6 * f.vocabulary * f.hidden - blocks)
         waiting = itemsize * tokens * per_token
         if any(getattr(o, "true_sequential", False) for o in options):
-            fits = waiting < WAITING_SHARE * free_memory()
+            fits = waiting < memory.WAITING_SHARE * memory.free_bytes()
             parts["waiting"] = waiting if fits else 0
         return parts
 

@@ -8,14 +8,12 @@ import platform
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import psutil
 
 from compressor import support
 from compressor.errors import RecipeError, RunError
 from compressor.models.shapes import LinearShape, fused_experts, linear_shapes
+from compressor.numerics.memory import free_bytes
 from compressor.numerics.scheme import Scheme
 from compressor.quantize import registry
 from compressor.support import Support, Target
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 
 # Where there is no GPU here: those that most artifacts are served on (A100, H100).
 _COMMON_GPUS = (80, 90)
-CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -169,7 +166,7 @@ def preflight(plan: Plan, targets: Sequence[Target] | None = None) -> Preflight:
                         here=here,
                     )
                 )
-    return Preflight(tuple(findings), tuple(notes), tuple(plan.remaining), free_memory())
+    return Preflight(tuple(findings), tuple(notes), tuple(plan.remaining), free_bytes())
 
 
 def vllm_targets() -> list[Target]:
@@ -188,22 +185,6 @@ def this_cpu() -> Target:
 
     arm = platform.machine().lower() in ("aarch64", "arm64")
     return Target("vllm", "cpu", amx=torch.cpu._is_amx_tile_supported(), arm=arm)
-
-
-def free_memory() -> int:
-    """Bytes that this process can still get: the system's, or its control group's if fewer."""
-    free = psutil.virtual_memory().available
-    try:
-        limit = (CONTROL_GROUP / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((CONTROL_GROUP / "memory.current").read_text())
-            stat = dict(
-                line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines()
-            )
-            free = min(free, int(limit) - used + int(stat.get("inactive_file", 0)))
-    except (OSError, ValueError):
-        pass
-    return max(free, 0)
 
 
 def _dtype(recipe: Recipe) -> str:

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor import plan
 from compressor.plan import ModelFacts, _role, _Speed
-from compressor.quantize import driver, registry
+from compressor.quantize import registry
 
 FACTS = ModelFacts("LlamaForCausalLM", 134_515_008, 576, 1536, 30, 49152)
 TOKENS, LENGTH = 16 * 512, 512
@@ -69,16 +68,15 @@ def test_without_memory_to_wait_in_there_is_a_pass_for_each_group() -> None:
 def test_waiting_batches_count_only_where_memory_holds_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert plan.WAITING_SHARE == driver._KEPT_SHARE
     held = memory("gptq")["waiting"]
     # As driver._suspended_fits reckons: eight activations of the hidden width, two of the widest.
     assert held == TOKENS * (8 * 576 + 2 * 1536) * 2
-    monkeypatch.setattr("compressor.preflight.free_memory", lambda: int(held / 0.4) - 10)
+    monkeypatch.setattr("compressor.numerics.memory.free_bytes", lambda: int(held / 0.4) - 10)
     assert memory("gptq")["waiting"] == 0
     made, roles = steps("gptq")
     estimate = Fixed(FACTS).quantize(TOKENS, LENGTH, made, roles, dtype="bfloat16")
     assert estimate.least_memory == estimate.memory_bytes
-    monkeypatch.setattr("compressor.preflight.free_memory", lambda: 10 * held)
+    monkeypatch.setattr("compressor.numerics.memory.free_bytes", lambda: 10 * held)
     roomy = Fixed(FACTS).quantize(TOKENS, LENGTH, made, roles, dtype="bfloat16")
     assert roomy.memory_bytes == roomy.least_memory + held
     assert roomy.seconds < estimate.seconds

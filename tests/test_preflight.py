@@ -11,10 +11,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-import compressor.preflight as module
 from compressor.errors import RecipeError, RunError
 from compressor.plan import Estimate, Plan, make_plan
-from compressor.preflight import Preflight, free_memory, preflight, vllm_targets
+from compressor.preflight import Preflight, preflight, vllm_targets
 from compressor.recipe import load_recipe
 from compressor.store import Store
 from compressor.support import Target
@@ -156,20 +155,6 @@ def test_a_chosen_engine_that_cannot_load_a_variant_is_an_error(tmp_path: Path) 
     chosen = tuple(dataclasses.replace(f, chosen=f.target == CPU) for f in found.findings)
     with pytest.raises(RecipeError, match=r"variants\.int2: vllm .*cannot load it.*W2A16"):
         dataclasses.replace(found, findings=chosen).check()
-
-
-def test_free_memory_heeds_the_control_group(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = free_memory()
-    assert whole > 0
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("700000\n")
-    (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 100000\n")
-    monkeypatch.setattr(module, "CONTROL_GROUP", tmp_path)
-    assert free_memory() == 400_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory() > 400_000
 
 
 def test_this_machine_comes_first() -> None:

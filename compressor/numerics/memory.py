@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from pathlib import Path
+from typing import Any
 
 import psutil
-import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _KEEP = 1 << 30
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+WAITING_SHARE = 0.4  # of the free memory that batches may take which wait for a linear
 
 
 @functools.cache
@@ -32,8 +35,28 @@ def keep_freed_pages() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _KEEP) and mallopt(_M_TRIM_THRESHOLD, _KEEP))
 
 
-def free_bytes(device: str | torch.device = "cpu") -> int:
-    """Memory that a device still has, in bytes; the CPU's without pushing anything out to swap."""
-    if torch.device(device).type == "cuda":
+def free_bytes(device: Any = "cpu") -> int:
+    """Memory that a device still has, in bytes.
+
+    Of the CPU what this process can get without pushing anything out to swap: the system's, or its
+    control group's if that has less (cgroup v2, kernel documentation "Control Group v2").
+
+    Args:
+        device: as torch knows it, a string or a ``torch.device``.
+    """
+    if str(device).startswith("cuda"):
+        import torch  # the plan asks for the CPU's, and does without torch
+
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    try:
+        limit = (CONTROL_GROUP / "memory.max").read_text().strip()
+        if limit != "max":
+            used = int((CONTROL_GROUP / "memory.current").read_text())
+            stat = dict(
+                line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines()
+            )
+            free = min(free, int(limit) - used + int(stat.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        pass
+    return max(free, 0)

@@ -46,7 +46,7 @@ from compressor.models.checkpoint import read_file
 from compressor.models.experts import UnfusedExperts
 from compressor.models.folding import Producer, find_producers
 from compressor.models.kv_cache import KEY, VALUE, CacheObserver, check_attention, no_cache
-from compressor.numerics.memory import free_bytes, keep_freed_pages
+from compressor.numerics.memory import WAITING_SHARE, free_bytes, keep_freed_pages
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import ASYMMETRIC, DYNAMIC, ActivationScheme, Scheme
 from compressor.quantize.activations import allocate, fits_memory
@@ -67,7 +67,6 @@ LAYERS = "layers.jsonl"
 HEAD = "head.safetensors"
 _RESUME = "resume.safetensors"
 _KEPT_STREAMS = 8  # activations of the block's width that a waiting batch keeps alive, at most
-_KEPT_SHARE = 0.4  # of the free memory that waiting batches may take
 _TRANSFORM_TOKENS = 16384
 FEW_TOKENS = 0.25  # inputs per column that a layer's statistics need to be used
 FOLD_TOLERANCE = 1e-3  # relative change of a block's output that rounding alone explains
@@ -534,7 +533,7 @@ class _Walk:
         widest = max(ref.module.in_features for ref in targets)
         per_token = (_KEPT_STREAMS * self.hidden.shape[-1] + 2 * widest) * self.dtype.itemsize
         needed = self.hidden[..., 0].numel() * per_token
-        return self.one_pass and needed < _KEPT_SHARE * free_bytes(self.device)
+        return self.one_pass and needed < WAITING_SHARE * free_bytes(self.device)
 
     @contextlib.contextmanager
     def _working(self, index: int) -> Iterator[None]:

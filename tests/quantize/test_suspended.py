@@ -23,7 +23,7 @@ def test_one_pass_gives_what_a_pass_per_group_gives(
     tiny.build(arch, tmp_path / "model")
     cls = registry.get("gptq")
     for name, share in (("one", 0.4), ("many", 0.0)):
-        monkeypatch.setattr(driver, "_KEPT_SHARE", share)
+        monkeypatch.setattr(driver, "WAITING_SHARE", share)
         options = cls.Options(scheme="W4A16", group_size=16, true_sequential=True)
         driver.quantize_model(
             CausalLM.open(tmp_path / "model"), cls(options), tmp_path / name, tokens=TOKENS,
