@@ -162,7 +162,7 @@ def quantize_model(
             raise RunError("this algorithm needs calibration tokens", fix="add `calibration:`")
         if first < walk.steps:
             walk.start(tokens, batch_size, first)
-    quantized = 0
+    quantized = in_head = 0
     for _ in range(first):
         advance("already done")
     for index in range(first, walk.steps):
@@ -172,6 +172,8 @@ def quantize_model(
             skipped.append({"name": record["name"], "reason": record["reason"]})
         else:
             quantized += record["parameters"]
+            if walk.head is not None and record["name"] == walk.head.name:
+                in_head = record["parameters"]
     if not quantized:
         raise RunError(
             "no linear was quantized: every one is ignored or left out",
@@ -190,6 +192,7 @@ def quantize_model(
         "coverage": {
             "total_parameters": total,
             "quantized_parameters": quantized,
+            "head_parameters": in_head,
             "block_parameters": model.block_parameters,
             "share": quantized / total,
             "skipped": [{**one, "parameters": model.numel(one["name"])} for one in skipped],

@@ -23,7 +23,8 @@ def block_share(variant: Mapping[str, Any]) -> float | None:
     coverage = variant["coverage"]
     if not coverage or not coverage["block_parameters"]:
         return None
-    return min(1.0, coverage["quantized_parameters"] / coverage["block_parameters"])
+    inside = coverage["quantized_parameters"] - coverage.get("head_parameters", 0)
+    return min(1.0, inside / coverage["block_parameters"])
 
 
 def warnings(report: Mapping[str, Any]) -> list[str]:

@@ -72,11 +72,13 @@ class Skipped(Strict):
 class Coverage(Strict):
     """How much of the model was quantized; `share` = quantized / total parameters.
 
-    `block_parameters` counts the matrices of the decoder blocks, which are what could be quantized.
+    `block_parameters` counts the matrices of the decoder blocks, which are what could be quantized;
+    `head_parameters` those of the output layer where it was quantized too.
     """
 
     total_parameters: int
     quantized_parameters: int
+    head_parameters: int = 0
     block_parameters: int | None = None
     share: float
     skipped: list[Skipped] = []

@@ -100,6 +100,7 @@ def test_codes_are_the_algorithms_own_on_the_final_norms_output(
     assert coverage["total_parameters"] == stored
     layers = driver.read_layers(tmp_path / "out")
     assert coverage["quantized_parameters"] == sum(r["parameters"] for r in layers)
+    assert coverage["head_parameters"] == weight.numel()
 
 
 @pytest.mark.parametrize("arch", ["bloom", "gemma3", "gpt_neox", "opt", "mixtral", "phi3"])

@@ -83,6 +83,15 @@ def test_fused_experts_are_loud_with_their_share(inputs: dict[str, Any]) -> None
     assert all(line in form for form in everywhere(report))
 
 
+def test_the_output_layer_is_no_part_of_the_blocks(inputs: dict[str, Any]) -> None:
+    inputs["variants"][2]["coverage"] |= {
+        "quantized_parameters": 106_168_320 + 28_311_552,
+        "head_parameters": 28_311_552,
+    }
+    report = with_facts(inputs, blocks=2 * 106_168_320)
+    assert coverage.block_share(report["variants"][2]) == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize(("share", "warned"), [(1.0, False), (0.91, False), (0.89, True)])
 def test_little_coverage_of_the_blocks_is_said(
     inputs: dict[str, Any], share: float, warned: bool
