@@ -173,6 +173,7 @@ class HttpClient:
         chat: the address is that of chat completions; needs `decode`.
         knows_ignore_eos: whether the server can be told to go on to the full length. Where it
             cannot, a shorter answer is no fault.
+        length_field: name of the field with the most tokens to make.
         stall_s: longest wait for the next token once there was one [s].
         total_s: longest duration of a request, the wait for the first token included [s].
         trust_env: use the proxy that the environment names.
@@ -188,6 +189,7 @@ class HttpClient:
         decode: Callable[[Sequence[int]], str] | None = None,
         chat: bool = False,
         knows_ignore_eos: bool = True,
+        length_field: str = "max_tokens",
         stall_s: float = 60.0,
         total_s: float = 600.0,
         trust_env: bool = False,
@@ -207,6 +209,7 @@ class HttpClient:
         self._decode, self._chat, self._knows_ignore_eos = decode, chat, knows_ignore_eos
         self._secrets = [value for value in (headers or {}).values() if value]
         self._secrets += [v.removeprefix("Bearer ") for v in self._secrets]
+        self._length_field = length_field
         self._sent = 0
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS),
@@ -218,7 +221,7 @@ class HttpClient:
         )
 
     def _body(self, prompt: Sequence[int], output_length: int, ignore_eos: bool) -> bytes:
-        body = {**self._base, "max_tokens": output_length}
+        body = {**self._base, self._length_field: output_length}
         content: Any = [int(token) for token in prompt] if self._decode is None else None
         if self._decode is not None:
             content = self._decode(prompt)
@@ -292,12 +295,14 @@ class HttpClient:
             if not limit.expired():  # one of the network
                 raise
             whole = limit.when() == last
-            what = f"not done after {self.total_s:g} s" if whole else f"no token for {self.stall_s:g} s"
+            what = (
+                f"not done after {self.total_s:g} s"
+                if whole
+                else f"no token for {self.stall_s:g} s"
+            )
             raise StreamFault(f"timeout: {what}") from error
 
-    async def _read(
-        self, body: bytes, tally: _Tally, limit: asyncio.Timeout, last: float
-    ) -> None:
+    async def _read(self, body: bytes, tally: _Tally, limit: asyncio.Timeout, last: float) -> None:
         clock, loop_time, lines = time.perf_counter, asyncio.get_running_loop().time, SseLines()
         async with self._session.post(
             self.url,

@@ -131,10 +131,9 @@ async def closed_loop(
             sample = await load.send(number)
             failures = failures + 1 if sample.error else 0
 
-    async with _Watch() as watch:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency if requests is None else min(concurrency, requests)):
-                group.create_task(slot())
+    async with _Watch() as watch, asyncio.TaskGroup() as group:
+        for _ in range(concurrency if requests is None else min(concurrency, requests)):
+            group.create_task(slot())
     return load.result(watch)
 
 
@@ -162,25 +161,22 @@ async def open_loop(
 
     The other arguments are those of `arrival_times` and `closed_loop`.
     """
-    due = arrival_times(
-        rate_per_s, arrival=arrival, seed=seed, requests=requests, seconds=seconds
-    )
+    due = arrival_times(rate_per_s, arrival=arrival, seed=seed, requests=requests, seconds=seconds)
     load = _Load(client, prompts, output_lengths, ignore_eos, first, 0)
     in_flight: set[asyncio.Task[RequestSample]] = set()
-    async with _Watch() as watch:
-        async with asyncio.TaskGroup() as group:
-            origin = time.perf_counter()
-            for number, offset in enumerate(due):
-                moment = origin + offset
-                # Also without a wait the loop gets its turn, or answers would not be read.
-                await asyncio.sleep(max(0.0, moment - time.perf_counter()))
-                watch.note(time.perf_counter() - moment)
-                if len(in_flight) >= max_in_flight:
-                    load.skip(number, moment)
-                    continue
-                task = group.create_task(load.send(number, moment))
-                in_flight.add(task)
-                task.add_done_callback(in_flight.discard)
+    async with _Watch() as watch, asyncio.TaskGroup() as group:
+        origin = time.perf_counter()
+        for number, offset in enumerate(due):
+            moment = origin + offset
+            # Also without a wait the loop gets its turn, or answers would not be read.
+            await asyncio.sleep(max(0.0, moment - time.perf_counter()))
+            watch.note(time.perf_counter() - moment)
+            if len(in_flight) >= max_in_flight:
+                load.skip(number, moment)
+                continue
+            task = group.create_task(load.send(number, moment))
+            in_flight.add(task)
+            task.add_done_callback(in_flight.discard)
     return load.result(watch)
 
 

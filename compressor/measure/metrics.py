@@ -61,14 +61,12 @@ class Goal:
     tpot_ms: float | None = None
 
     def met(self, sample: RequestSample) -> bool:
-        """Whether the request was answered within both limits.
-
-        With a limit on TPOT, an answer of a single token, which has none, does not meet it.
-        """
+        """Whether the request was answered within both limits; a single token has no TPOT."""
         if sample.error:
             return False
         ttft_ok = self.ttft_ms is None or ttft_ms(sample) <= self.ttft_ms
-        return ttft_ok and (self.tpot_ms is None or tpot_ms(sample) <= self.tpot_ms)
+        no_tpot = self.tpot_ms is None or sample.output_tokens < 2
+        return ttft_ok and (no_tpot or tpot_ms(sample) <= (self.tpot_ms or 0.0))
 
 
 def due_s(sample: RequestSample) -> float:
@@ -82,7 +80,7 @@ def ttft_ms(sample: RequestSample) -> float:
 
 
 def tpot_ms(sample: RequestSample) -> float:
-    """Mean time per output token after the first [ms]; NaN when there was only one, or it failed."""
+    """Mean time per output token after the first [ms]; NaN of a single token, or a failure."""
     if sample.error or sample.output_tokens < 2:
         return math.nan
     return (sample.end_s - sample.first_token_s) * 1e3 / (sample.output_tokens - 1)
@@ -260,7 +258,7 @@ def latency_figures(
 
 
 def serving_figures(samples: Sequence[RequestSample]) -> dict[str, Any]:
-    """Percentiles of every latency [ms] over the requests that were answered, and the error rate."""
+    """Percentiles of every latency [ms] over the requests answered, and the error rate."""
     return {
         **latency_figures(samples),
         "itl_ms": percentiles(inter_token_ms(samples)),

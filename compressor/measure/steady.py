@@ -20,10 +20,10 @@ The window of a load:
 guidellm's ``warmup`` and ``cooldown`` and genai-perf's warm-up requests cut fixed shares or counts
 at the same two ends; 1 and 2 are those ends where they can be seen in the samples.
 
-*Steady* is a window whose output rate and time to first token have no trend: not both a significant
-one (Mann-Kendall, p < 0.01) and a large one (Theil-Sen slope over the whole window of more than 10 %
-of the median). A queue that grows, since an open loop asks for more than the server can do, shows
-as a trend of the time to first token.
+*Steady* is a window whose output rate and time to first token have no trend that is significant
+(Mann-Kendall, p < 0.01) and large (Theil-Sen slope over the whole window of more than 10 % of the
+median). A queue that grows, since an open loop asks for more than the server can do, shows as a
+trend of the time to first token.
 """
 
 from __future__ import annotations

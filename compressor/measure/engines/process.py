@@ -48,6 +48,7 @@ class ServerProcess:
         flags: further arguments of the command.
         start_timeout: longest wait for health [s].
         variables: further variables of its environment.
+        stall_s, total_s: limits of a request of `client` [s]; see `HttpClient`.
 
     Attributes:
         name: the engine's name in reports.
@@ -68,12 +69,16 @@ class ServerProcess:
         flags: Sequence[str] = (),
         start_timeout: float = 600.0,
         variables: Mapping[str, str] | None = None,
+        *,
+        stall_s: float = 60.0,
+        total_s: float = 600.0,
     ) -> None:
         self.model = model
         self.log = log
         self.flags = tuple(flags)
         self.start_timeout = start_timeout
         self.variables = dict(variables or {})
+        self.stall_s, self.total_s = stall_s, total_s
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -109,6 +114,8 @@ class ServerProcess:
                 key: "***" if _SECRET.search(key) else value
                 for key, value in (self.environment() | self.variables).items()
             },
+            "stall_s": self.stall_s,
+            "total_s": self.total_s,
         }
 
     def __enter__(self) -> Self:

@@ -63,14 +63,17 @@ class VllmServer(ServerProcess):
         stall_s: float = 60.0,
         total_s: float = 600.0,
     ) -> None:
-        super().__init__(model, log, flags, start_timeout, variables)
+        super().__init__(
+            model, log, flags, start_timeout, variables, stall_s=stall_s, total_s=total_s
+        )
         self.python = python
-        self._limits = {"stall_s": stall_s, "total_s": total_s}
 
     @property
     def command(self) -> list[str]:
         """The whole command line."""
-        own = [] if any("prefix-caching" in f for f in self.flags) else ["--no-enable-prefix-caching"]
+        own = (
+            [] if any("prefix-caching" in f for f in self.flags) else ["--no-enable-prefix-caching"]
+        )
         return [
             str(self.python), "-m", "vllm.entrypoints.openai.api_server",
             "--model", str(self.model), "--served-model-name", SERVED_NAME,
@@ -95,7 +98,8 @@ class VllmServer(ServerProcess):
             f"{self.url}/v1/completions",
             model=SERVED_NAME,
             fields={"return_token_ids": True, "repetition_penalty": 1.0},
-            **self._limits,
+            stall_s=self.stall_s,
+            total_s=self.total_s,
         )
 
     def metadata(self) -> dict[str, Any]:
@@ -113,7 +117,6 @@ class VllmServer(ServerProcess):
             **found,
             "kernel": ", ".join(kernels) or (found["quantization"] if quantized else "dense"),
             "decoding": "greedy",
-            **self._limits,
         }
 
     def complete(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
