@@ -1,11 +1,21 @@
 """Pure functions from raw request samples to figures: latency, throughput, intervals.
 
 Definitions:
-    TTFT  time to first token: first_token_s - start_s [ms].
+    due  the moment from which a request's latencies count: scheduled_s in an open loop, else
+        start_s.
+    TTFT  time to first token: first_token_s - due [ms].
     TPOT  time per output token after the first: (end_s - first_token_s) / (output_tokens - 1) [ms].
+    ITL  inter-token latency: from one token to the next of a request, pooled over requests [ms].
+        Tokens that came together are 0 apart, so the mean over a request is its TPOT.
+    end to end  end_s - due [ms].
     window  total length of the union of the requests' [start_s, end_s] intervals [s]: the time in
-        which at least one request was in flight; idle time between batches does not count.
+        which at least one request was in flight; idle time between batches does not count. In an
+        open loop, where idle time is part of the load, each round counts from the first moment due
+        to the last end.
     throughput  output tokens / window [tok/s]: prefill is inside the window.
+
+A request that failed has no latency, meets no goal, and its tokens do not count; the time that it
+took is in the window, since the server spent it. It counts in the error rate.
 """
 
 from __future__ import annotations
@@ -14,6 +24,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -50,21 +61,45 @@ class Goal:
     tpot_ms: float | None = None
 
     def met(self, sample: RequestSample) -> bool:
-        """Whether the request stayed within both limits."""
+        """Whether the request was answered within both limits; a single token has no TPOT."""
+        if sample.error:
+            return False
         ttft_ok = self.ttft_ms is None or ttft_ms(sample) <= self.ttft_ms
-        return ttft_ok and (self.tpot_ms is None or tpot_ms(sample) <= self.tpot_ms)
+        no_tpot = self.tpot_ms is None or sample.output_tokens < 2
+        return ttft_ok and (no_tpot or tpot_ms(sample) <= (self.tpot_ms or 0.0))
+
+
+def due_s(sample: RequestSample) -> float:
+    """The moment from which latencies count [s]."""
+    return sample.start_s if sample.scheduled_s is None else sample.scheduled_s
 
 
 def ttft_ms(sample: RequestSample) -> float:
-    """Time to first token [ms]."""
-    return (sample.first_token_s - sample.start_s) * 1e3
+    """Time to first token [ms]; NaN when the request failed."""
+    return math.nan if sample.error else (sample.first_token_s - due_s(sample)) * 1e3
 
 
 def tpot_ms(sample: RequestSample) -> float:
-    """Mean time per output token after the first [ms]; NaN when there was only one."""
-    if sample.output_tokens < 2:
+    """Mean time per output token after the first [ms]; NaN of a single token, or a failure."""
+    if sample.error or sample.output_tokens < 2:
         return math.nan
     return (sample.end_s - sample.first_token_s) * 1e3 / (sample.output_tokens - 1)
+
+
+def end_to_end_ms(sample: RequestSample) -> float:
+    """Time to the last token [ms]; NaN when the request failed."""
+    return math.nan if sample.error else (sample.end_s - due_s(sample)) * 1e3
+
+
+def inter_token_ms(samples: Iterable[RequestSample]) -> np.ndarray:
+    """Times between successive tokens of every request that did not fail, pooled [ms]."""
+    gaps = [np.diff(sample.token_times_s) for sample in samples if not sample.error]
+    return np.concatenate(gaps) * 1e3 if gaps else np.empty(0)
+
+
+def error_rate(samples: Sequence[RequestSample]) -> float:
+    """Share of requests that failed; NaN without requests."""
+    return sum(bool(row.error) for row in samples) / len(samples) if samples else math.nan
 
 
 def percentiles(values: Iterable[float]) -> dict[str, float | None]:
@@ -87,27 +122,43 @@ def covered_seconds(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def window_seconds(samples: Iterable[RequestSample]) -> float:
-    """Time in which at least one request was in flight [s]."""
-    return covered_seconds((sample.start_s, sample.end_s) for sample in samples)
+    """Time in which at least one request was in flight, or was due later in an open loop [s]."""
+    spans: list[tuple[float, float]] = []
+    rounds: dict[int, tuple[float, float]] = {}
+    for sample in samples:
+        if sample.scheduled_s is None:
+            spans.append((sample.start_s, sample.end_s))
+            continue
+        start, end = rounds.get(sample.round, (math.inf, -math.inf))
+        rounds[sample.round] = min(start, sample.scheduled_s), max(end, sample.end_s)
+    return covered_seconds([*spans, *rounds.values()])
 
 
 def throughput(samples: Sequence[RequestSample], goal: Goal | None = None) -> float:
-    """Output tokens per second of window; with a goal only requests that met it count."""
+    """Output tokens per second of window; with a goal only requests that met it count.
+
+    0 when no request did.
+    """
     goal = goal or Goal()
     tokens = sum(sample.output_tokens for sample in samples if goal.met(sample))
-    return tokens / window_seconds(samples)
+    return tokens / window_seconds(samples) if tokens else 0.0
 
 
 def prefill_rate(samples: Sequence[RequestSample]) -> float:
-    """Prompt tokens per second of the time in which some request awaited its first token."""
-    seconds = covered_seconds((sample.start_s, sample.first_token_s) for sample in samples)
-    return sum(sample.prompt_tokens for sample in samples) / seconds
+    """Prompt tokens per second of the time in which some request awaited its first token.
+
+    0 when every request failed.
+    """
+    served = [sample for sample in samples if not sample.error]
+    seconds = covered_seconds((sample.start_s, sample.first_token_s) for sample in served)
+    return sum(sample.prompt_tokens for sample in served) / seconds if served else 0.0
 
 
 def decode_rate(samples: Sequence[RequestSample]) -> float | None:
     """Output tokens after the first per second of decoding; None when there are none."""
-    seconds = covered_seconds((sample.first_token_s, sample.end_s) for sample in samples)
-    tokens = sum(sample.output_tokens - 1 for sample in samples)
+    served = [sample for sample in samples if not sample.error]
+    seconds = covered_seconds((sample.first_token_s, sample.end_s) for sample in served)
+    tokens = sum(max(sample.output_tokens - 1, 0) for sample in served)
     return tokens / seconds if seconds > 0 else None
 
 
@@ -203,4 +254,14 @@ def latency_figures(
     return {
         "ttft_ms": percentiles(ttft_ms(sample) for sample in samples),
         "tpot_ms": percentiles(tpot_ms(sample) for sample in samples),
+    }
+
+
+def serving_figures(samples: Sequence[RequestSample]) -> dict[str, Any]:
+    """Percentiles of every latency [ms] over the requests answered, and the error rate."""
+    return {
+        **latency_figures(samples),
+        "itl_ms": percentiles(inter_token_ms(samples)),
+        "end_to_end_ms": percentiles(map(end_to_end_ms, samples)),
+        "error_rate": error_rate(samples),
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from compressor.errors import RunError
-from compressor.measure.engines import vllm
+from compressor.measure.engines import process
 from compressor.measure.engines.vllm import VllmServer
 
 SERVER = """
@@ -22,7 +22,7 @@ worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"]
 print("worker", worker.pid, flush=True)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200); self.end_headers()
+        self.send_response(200); self.end_headers(); self.wfile.write(b'{"version": "0.0.1"}')
     def do_POST(self):
         print("out of memory", flush=True); os._exit(9)
 port = int(sys.argv[sys.argv.index("--port") + 1])
@@ -51,7 +51,7 @@ def running(pid: int) -> bool:
 def test_workers_end_with_the_server(
     tmp_path: Path, stubborn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm, "STOP_SECONDS", 1.0)
+    monkeypatch.setattr(process, "STOP_SECONDS", 1.0)
     server = VllmServer(interpreter(tmp_path, stubborn), tmp_path, tmp_path / "log")
     with server:
         worker = int((tmp_path / "log").read_text().split()[1])
@@ -90,3 +90,36 @@ def test_a_break_while_starting_ends_the_server(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGINT, previous)
     assert not running(int((tmp_path / "log").read_text()))
+
+
+def test_what_it_runs_is_known_from_its_log(tmp_path: Path) -> None:
+    server = VllmServer(
+        interpreter(tmp_path), tmp_path, tmp_path / "log", ["--dtype", "bfloat16"],
+        variables={"VLLM_CPU_KVCACHE_SPACE": "5"},
+    )  # fmt: skip
+    with server:
+        plain = server.metadata()
+        with open(server.log, "a") as log:
+            log.write(LOG)
+        facts = server.metadata()
+    assert plain["dtype"] is None and plain["kernel"] == "dense"
+    assert facts["engine"] == "vllm" and facts["engine_version"] == "0.0.1"
+    assert facts["kernel"] == "CPUWNA16LinearKernel" and facts["dtype"] == "bfloat16"
+    assert facts["quantization"] == "compressed-tensors" and facts["kv_cache_dtype"] == "auto"
+    assert facts["kv_cache_tokens"] == "46,592" and facts["kv_cache_space_gib"] == "5"
+    assert facts["prefix_caching"] == "False" and facts["flags"] == ["--dtype", "bfloat16"]
+    assert "--no-enable-prefix-caching" in facts["command"] and facts["pid"] is not None
+
+
+LOG = """
+INFO Initializing a V1 LLM engine (v0.0.1) with config: model='m', dtype=torch.bfloat16, \
+max_seq_len=1024, quantization=compressed-tensors, quantization_config=None, \
+kv_cache_dtype=auto, enable_prefix_caching=False, enable_chunked_prefill=True
+INFO Using CPUWNA16LinearKernel for mixed-precision linear
+INFO CPU KV cache size: 46,592 tokens, 1 group
+"""
+
+
+def test_a_flag_about_the_prefix_cache_is_the_users(tmp_path: Path) -> None:
+    server = VllmServer(Path("python"), tmp_path, tmp_path / "log", ["--enable-prefix-caching"])
+    assert "--no-enable-prefix-caching" not in server.command

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from compressor.measure import metrics
 from compressor.measure.engines.base import RequestSample
 
 
-def sample(start: float, first: float, step: float, tokens: int = 5, **extra: int) -> RequestSample:
+def sample(start: float, first: float, step: float, tokens: int = 5, **extra: Any) -> RequestSample:
     times = tuple(first + step * index for index in range(tokens))
     return RequestSample("x", 10, tokens, start, first, times, **extra)
 
@@ -117,3 +119,61 @@ def test_window_lies_between_the_longest_request_and_their_sum(
     covered = metrics.covered_seconds(spans)
     assert max(end - start for start, end in spans) - 1e-9 <= covered
     assert covered <= sum(end - start for start, end in spans) + 1e-9
+
+
+def failed(start: float, end: float, tokens: int = 0) -> RequestSample:
+    times = tuple(np.linspace(start, end, tokens + 1)[1:].tolist())
+    first = times[0] if times else end
+    return RequestSample("x", 10, tokens, start, first, times, error="HTTP 500")
+
+
+def test_failures_count_in_the_error_rate_and_the_window_only() -> None:
+    good = [sample(0, 1, 0.25), sample(2, 3, 0.25)]
+    rows = [*good, failed(10, 12, tokens=3), failed(20, 20.5)]
+    assert metrics.error_rate(rows) == 0.5 and metrics.error_rate(good) == 0
+    assert np.isnan(metrics.error_rate([]))
+    assert metrics.window_seconds(rows) == pytest.approx(4 + 2 + 0.5)
+    assert metrics.throughput(rows) == pytest.approx(10 / 6.5)
+    assert metrics.throughput(rows, metrics.Goal()) == metrics.throughput(rows)
+    assert metrics.prefill_rate(rows) == metrics.prefill_rate(good)
+    assert metrics.decode_rate(rows) == metrics.decode_rate(good)
+    figures, without = metrics.serving_figures(rows), metrics.serving_figures(good)
+    assert figures == without | {"error_rate": 0.5}
+    assert not metrics.Goal().met(rows[2])
+
+
+def test_nothing_but_failures() -> None:
+    rows = [failed(0, 1), failed(5, 5)]
+    assert metrics.throughput(rows) == 0 and metrics.prefill_rate(rows) == 0
+    assert metrics.decode_rate(rows) is None
+    assert metrics.serving_figures(rows)["ttft_ms"]["p50"] is None
+    assert metrics.serving_figures(rows)["itl_ms"]["p99"] is None
+
+
+def test_latencies_count_from_the_moment_that_was_due() -> None:
+    late = sample(1.0, 1.5, 0.1, scheduled_s=0.2)
+    assert metrics.ttft_ms(late) == pytest.approx(1300)
+    assert metrics.end_to_end_ms(late) == pytest.approx(1700)
+    assert metrics.tpot_ms(late) == pytest.approx(100)
+    assert not metrics.Goal(ttft_ms=600).met(late)
+
+
+def test_idle_time_of_an_open_loop_is_part_of_its_window() -> None:
+    rows = [sample(0, 0.5, 0.1, scheduled_s=0.0), sample(10.1, 10.5, 0.1, scheduled_s=10.0)]
+    assert metrics.window_seconds(rows) == pytest.approx(10.9)
+    again = [sample(50, 50.5, 0.125, scheduled_s=50.0, round=1)]
+    assert metrics.window_seconds([*rows, *again]) == pytest.approx(10.9 + 1.0)
+    assert metrics.window_seconds([sample(0, 0.5, 0.1), sample(10, 10.5, 0.1)]) < 2
+
+
+def test_inter_token_latencies_are_pooled() -> None:
+    rows = [sample(0, 1, 0.1, tokens=3), sample(0, 1, 0.3, tokens=2), sample(0, 1, 0, tokens=1)]
+    assert sorted(metrics.inter_token_ms(rows)) == pytest.approx([100, 100, 300])
+    figures = metrics.serving_figures(rows)
+    assert figures["itl_ms"]["p50"] == pytest.approx(100)
+    assert figures["end_to_end_ms"]["p50"] == pytest.approx(1200)
+
+
+def test_a_single_token_has_no_tpot_to_miss() -> None:
+    assert metrics.Goal(tpot_ms=1).met(sample(0, 1, 0, tokens=1))
+    assert not metrics.Goal(tpot_ms=1, ttft_ms=1).met(sample(0, 1, 0, tokens=1))
