@@ -133,7 +133,9 @@ def attention(model: Any, name: str) -> Iterator[None]:
     """Have the model attend by the function of that name (`NAME`, or transformers' own)."""
     _register()
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    before = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
+    before = [
+        (config, getattr(config, "_attn_implementation", None)) for config in configs.values()
+    ]
     changed = [(config, old) for config, old in before if old in ("sdpa", CHUNKED)]
     for config, _ in changed:
         config._attn_implementation = name

@@ -41,7 +41,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from compressor.errors import RunError
-from compressor.measure.engines.inflight import InProcessClient, Ticket, end_tokens
+from compressor.measure.engines.inflight import InProcessClient, Ticket, end_tokens, message
 from compressor.measure.engines.transformers import (
     Loader,
     model_bytes,
@@ -54,6 +54,7 @@ Attention = Literal["auto", "ragged_causal", "sdpa", "flash_attention_2", "flash
 
 _STOP_SECONDS = 60.0
 _STOPPED = "the engine was stopped before the request ended"
+_DIED = "the engine's thread ended before the request did"
 
 
 class _Router(OutputRouter):
@@ -63,6 +64,11 @@ class _Router(OutputRouter):
         super().__init__()
         self._tickets: dict[str, Ticket] = {}
         self._closed = ""
+
+    @property
+    def closed(self) -> bool:
+        """Whether no more tickets are taken."""
+        return bool(self._closed)
 
     def open(self, ticket: Ticket) -> bool:
         """Expect outputs for a ticket; False, with the ticket ended, when there will be none."""
@@ -79,9 +85,9 @@ class _Router(OutputRouter):
             self._tickets.pop(request_id, None)
 
     def close(self, error: str) -> None:
-        """End every open ticket with an error, and those to come."""
+        """End every open ticket with an error, and those to come with the first such error."""
         with self._lock:
-            self._closed = error
+            self._closed = self._closed or error
             left = list(self._tickets.values())
             self._tickets.clear()
         for ticket in left:
@@ -126,10 +132,11 @@ class _Manager(ContinuousBatchingManager):
     def start(self) -> None:
         """Like the library's, but its thread does not keep a dying interpreter alive."""
         self.background_thread_status.clear()
-        self._generation_thread = threading.Thread(
+        thread = threading.Thread(
             target=self._run_generation_loop, name="continuous-batching", daemon=True
         )
-        self._generation_thread.start()
+        self._generation_thread: threading.Thread | None = thread
+        thread.start()
 
     def _run_generation_loop(self) -> None:
         if self.model.device.type == "cpu":
@@ -137,12 +144,11 @@ class _Manager(ContinuousBatchingManager):
         try:
             super()._run_generation_loop()
         finally:
-            fatal = self.background_thread_status.fatal_error
-            self.output_router.close(_message(fatal) if fatal is not None else _STOPPED)
+            self.output_router.close(_DIED)  # no effect where there was a better reason
 
-
-def _message(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+    def _handle_critical_error(self, error: Exception, batch_processor: Any) -> None:
+        self.output_router.close(message(error))
+        super()._handle_critical_error(error, batch_processor)
 
 
 class ContinuousEngine:
@@ -177,7 +183,7 @@ class ContinuousEngine:
             raise ValueError("cache_tokens, max_batch_tokens and max_requests must be at least 1")
         self._loader, self._dtype = loader, dtype
         self._attention: str = attention
-        self._limits = {
+        self._limits: dict[str, Any] = {
             "page_size": page_size,
             "num_blocks": math.ceil(cache_tokens / page_size),
             "max_batch_tokens": max_batch_tokens,
@@ -218,7 +224,7 @@ class ContinuousEngine:
         except (RuntimeError, ValueError, MemoryError, KeyError, AttributeError) as error:
             self.stop()
             raise RunError(
-                f"continuous batching cannot start: {_message(error)}",
+                f"continuous batching cannot start: {message(error)}",
                 where=type(error).__name__,
                 fix="lower cache_tokens or max_batch_tokens if memory is short; else use the "
                 "static engine",
@@ -252,9 +258,7 @@ class ContinuousEngine:
     def healthy(self) -> bool:
         """Whether its thread runs and takes requests."""
         manager = self._manager
-        if manager is None or not manager.is_running():
-            return False
-        return manager.background_thread_status.can_accept_new_requests() is None
+        return manager is not None and manager.is_running() and not manager.output_router.closed
 
     def client(self) -> InProcessClient:
         """A client for the running event loop; RuntimeError before `start`."""
@@ -323,11 +327,11 @@ class ContinuousEngine:
         }
 
     def stop(self) -> None:
-        """End the thread after its present step, answer what is open, drop model and cache."""
+        """Answer what is open, end the thread after its present step, drop model and cache."""
         manager, self._manager = self._manager, None
         if manager is not None:
+            manager.output_router.close(_STOPPED)  # first: in our words, with the tokens so far
             manager.stop(block=True, timeout=_STOP_SECONDS, hard_stop=True)
-            manager.output_router.close(_STOPPED)
             manager.destroy()
         del manager
         self._undo.close()

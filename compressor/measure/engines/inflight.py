@@ -8,6 +8,7 @@ time; the event loop is woken once, when a request has ended.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections.abc import Sequence
@@ -57,10 +58,8 @@ class Ticket:
         if self.ended_s is not None:
             return
         self.ended_s, self.error = time.perf_counter(), error
-        try:
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits
             self.loop.call_soon_threadsafe(self._resolve)
-        except RuntimeError:  # the event loop is closed: nobody waits
-            pass
 
     def _resolve(self) -> None:
         if not self.done.done():
@@ -137,3 +136,8 @@ def end_tokens(model: Any) -> frozenset[int]:
         if found is not None:
             return frozenset([found] if isinstance(found, int) else found)
     return frozenset()
+
+
+def message(error: BaseException) -> str:
+    """What to tell of an error, whose own text may be empty."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor.measure.engines.inflight import InProcessClient, Ticket, end_tokens
+from compressor.measure.engines.inflight import InProcessClient, Ticket, end_tokens, message
 from compressor.measure.engines.transformers import CacheKind, Loader, TransformersEngine
 
 _STOP_SECONDS = 60.0
@@ -131,7 +131,7 @@ class StaticEngine:
                 try:
                     self._serve(batch)
                 except Exception as error:
-                    self._end(batch, str(error) or type(error).__name__)
+                    self._end(batch, message(error))
         finally:
             with self._changed:
                 self._stopping = True
