@@ -4,7 +4,8 @@ transformers' continuous batching packs the new tokens of all requests into one 
 keys and values in pages (`PagedAttentionCache`). Its own `sdpa` path then attends with one dense
 mask over all requests: each query also goes over the keys of every other request, and the work
 grows with the square of the number of requests. Here each request attends to its own keys alone, in
-the products that static batching uses: `attention.py` for whole prompts, torch's for single tokens.
+the products that static batching uses: `attention.py` for whole prompts, torch's for single tokens,
+of all requests together where a step has nothing else and their lengths are alike.
 
 Keys and values of a module with a handler (`attention.HANDLER`) go through it before they are
 cached, as an engine with a low-bit cache stores them; the library's `sdpa` path knows no handler.
@@ -20,12 +21,16 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 
 from compressor.models.attention import HANDLER, chunked_causal_attention
 from compressor.models.attention import NAME as CHUNKED
 
 NAME = "ragged_causal"
 _UNSUPPORTED = ("softcap", "position_bias", "s_aux")  # arguments that change the scores
+# Keys read for one product of all requests, padded to the longest, per key that is needed: from
+# about 1.7 on, a product for each request is faster (16 requests of 160 tokens, one core, AVX-512).
+_MOST_PADDING = 1.5
 
 
 def ragged_causal_attention(
@@ -80,6 +85,42 @@ def ragged_causal_attention(
     return out
 
 
+def single_queries(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scale: float
+) -> torch.Tensor:
+    """One query of every request over its keys, in one product.
+
+    Args:
+        query: [1, heads, requests, width].
+        key: [1, heads of keys, requests * longest, width]: padded at the end of each request.
+        value: likewise.
+        lengths: keys of each request [tokens].
+        scale: of the scores.
+
+    Returns:
+        [1, requests, heads, width of values].
+    """
+    heads, count, width = query.shape[1:]
+    shared, longest = key.shape[1], max(lengths)
+    rows = query[0].transpose(0, 1).reshape(count, shared, heads // shared, width)
+    keys, values = (x[0].unflatten(1, (count, longest)).transpose(0, 1) for x in (key, value))
+    mask = None
+    if min(lengths) < longest:
+        ends = torch.tensor(lengths, device=query.device)
+        mask = (torch.arange(longest, device=query.device) < ends[:, None])[:, None, None]
+    mixed = scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
+    return mixed.reshape(1, count, heads, -1)
+
+
+def _pad_reads(cache: Any, layer: int, kwargs: dict[str, Any], lengths: list[int]) -> None:
+    """Have the cache hand out as many keys for each request as the longest has."""
+    group = cache.layer_to_allocator[layer].index
+    reads = list(kwargs["read_index"])  # of all layers: not to be changed itself
+    own = reads[group].split(lengths)
+    reads[group] = pad_sequence(own, batch_first=True).flatten()  # index 0 is read as zeros
+    kwargs["read_index"] = reads
+
+
 def _forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -100,11 +141,20 @@ def _forward(
     handler = getattr(module, HANDLER, None)
     if handler is not None:
         key, value = handler(key, value)
-    key, value = cache.update(key, value, module.layer_idx, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    ends = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()  # update: this layer
+    layer: Any = module.layer_idx
+    group = cache.layer_to_allocator[layer]
+    query_ends = kwargs["cu_seq_lens_q"].tolist()
+    key_ends = kwargs["cu_seq_lens_k"][group.layer_type].tolist()
+    if 1 < query.shape[2] == len(query_ends) - 1 and kwargs["read_index"][group.index].numel():
+        lengths = [high - low for low, high in pairwise(key_ends)]
+        if len(lengths) * max(lengths) <= _MOST_PADDING * key_ends[-1]:
+            _pad_reads(cache, layer, kwargs, lengths)
+            key, value = cache.update(key, value, layer, kwargs)
+            return single_queries(query, key, value, lengths, scale), None
+    key, value = cache.update(key, value, layer, kwargs)
     window = kwargs.get("sliding_window")
-    return ragged_causal_attention(query, key, value, *ends, scale, window), None
+    return ragged_causal_attention(query, key, value, query_ends, key_ends, scale, window), None
 
 
 @functools.cache

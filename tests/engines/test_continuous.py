@@ -106,6 +106,21 @@ def test_other_attention(tmp_path: Path, arch: str, batch_tokens: int) -> None:
         assert [made for made, _ in serve(engine, prompts, 8)] == tokens
 
 
+@pytest.mark.parametrize("kind", ["one product", "one for each"])
+def test_steps_of_single_tokens(expected: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests of 3 to 70 tokens, read for one product however much padding that takes, or not."""
+    prompts, tokens = expected
+    together: list[int] = []
+    original = ragged.single_queries
+    monkeypatch.setattr(ragged, "_MOST_PADDING", 100.0 if kind == "one product" else 0.0)
+    monkeypatch.setattr(
+        ragged, "single_queries", lambda *args: together.append(1) or original(*args)
+    )
+    with engine_of() as engine:
+        assert [made for made, _ in serve(engine, prompts, OUTPUT)] == tokens
+    assert len(together) >= 2 * 8 if kind == "one product" else not together  # of two layers
+
+
 def test_steps_are_shared(expected: Any) -> None:
     prompts = expected[0][:4]
     with engine_of() as engine:

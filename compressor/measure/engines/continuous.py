@@ -135,7 +135,7 @@ class _Manager(ContinuousBatchingManager):
         thread = threading.Thread(
             target=self._run_generation_loop, name="continuous-batching", daemon=True
         )
-        self._generation_thread: threading.Thread | None = thread
+        self._generation_thread = thread  # type: ignore[assignment]
         thread.start()
 
     def _run_generation_loop(self) -> None:
