@@ -6,7 +6,7 @@ import gc
 import inspect
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from compressor.measure.engines.base import RequestSample
 Loader = Callable[[torch.dtype], nn.Module]
 CacheKind = Literal["dynamic", "static"]
 
+_PADDING = 0  # any token will do: it is masked
 _CLOCK_DIGITS = 7  # 0.1 microseconds: finer than the clock's own jitter, short in the sample files
 
 
@@ -71,6 +72,7 @@ class TransformersEngine:
         self._model: nn.Module | None = None
         self._served = 0
         self._last_logit_only: dict[str, Any] = {}
+        self._takes_positions = False
 
     @property
     def model(self) -> nn.Module:
@@ -85,6 +87,7 @@ class TransformersEngine:
             self._model = self._loader(self._dtype).eval()
             parameters = inspect.signature(self._model.forward).parameters
             self._last_logit_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+            self._takes_positions = "position_ids" in parameters
 
     def stop(self) -> None:
         """Drop the model and return its memory."""
@@ -116,7 +119,60 @@ class TransformersEngine:
             return StaticCache(config=config, max_cache_len=length)  # type: ignore[arg-type]
         return DynamicCache(config=config)  # type: ignore[arg-type]
 
+    def steps(
+        self, prompts: Sequence[Sequence[int]], output_length: int
+    ) -> Iterator[tuple[torch.Tensor, float]]:
+        """Tokens [batch, 1] of each step on the host, and the time [s] when they were there.
+
+        Prompts of different lengths are padded on the left, and the padding is masked; of equal
+        length they need no mask. The cache is ready when this returns; what is computed, is
+        computed as the steps are asked for. Raises ValueError when nothing is asked for.
+        """
+        if not prompts or not all(prompts):
+            raise ValueError("a batch needs at least one prompt, and no empty ones")
+        if output_length < 1:
+            raise ValueError("output_length must be at least 1")
+        length = max(map(len, prompts))
+        cache = self._new_cache(length + output_length)
+        mask = None
+        if any(len(prompt) < length for prompt in prompts):
+            mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
+        ids = torch.as_tensor([[_PADDING] * (length - len(p)) + list(p) for p in prompts])
+        return self._steps(ids, mask, cache, output_length)
+
     @torch.inference_mode()
+    def _steps(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: DynamicCache | StaticCache,
+        output_length: int,
+    ) -> Iterator[tuple[torch.Tensor, float]]:
+        model, device = self.model, next(self.model.parameters()).device
+        ids = ids.to(device)
+        masked: dict[str, torch.Tensor] = {}
+        if mask is not None:
+            masked["attention_mask"] = mask.to(device)
+            if self._takes_positions:
+                positions = masked["attention_mask"].cumsum(-1) - 1
+                masked["position_ids"] = positions.clamp_(min=0)
+        for _ in range(output_length):
+            out = model(
+                input_ids=ids,
+                past_key_values=cache,
+                use_cache=True,
+                **masked,
+                **self._last_logit_only,
+            )
+            ids = out.logits[:, -1].argmax(dim=-1, keepdim=True)
+            on_host = ids.cpu()  # waits for the device: the token is at the caller
+            yield on_host, time.perf_counter()
+            if masked:
+                seen = masked["attention_mask"]
+                masked["attention_mask"] = torch.cat([seen, seen.new_ones(len(seen), 1)], -1)
+            if "position_ids" in masked:
+                masked["position_ids"] = masked["position_ids"][:, -1:] + 1
+
     def generate_tokens(
         self, prompts: Sequence[Sequence[int]], output_length: int
     ) -> tuple[list[list[int]], float, list[float]]:
@@ -126,26 +182,10 @@ class TransformersEngine:
         """
         if not prompts or len({len(prompt) for prompt in prompts}) != 1:
             raise ValueError("a batch needs at least one prompt, all of the same length")
-        if output_length < 1:
-            raise ValueError("output_length must be at least 1")
-        model, device = self.model, next(self.model.parameters()).device
-        ids = torch.as_tensor(prompts, dtype=torch.long)
-        cache = self._new_cache(ids.shape[1] + output_length)
-        steps: list[torch.Tensor] = []
-        times: list[float] = []
+        steps = self.steps(prompts, output_length)
         start = time.perf_counter()
-        ids = ids.to(device)
-        for _ in range(output_length):
-            out = model(
-                input_ids=ids,
-                past_key_values=cache,
-                use_cache=True,
-                **self._last_logit_only,
-            )
-            ids = out.logits[:, -1].argmax(dim=-1, keepdim=True)
-            steps.append(ids.cpu())  # waits for the device: the token is at the caller
-            times.append(time.perf_counter())
-        return torch.cat(steps, dim=1).tolist(), start, times
+        tokens, times = zip(*steps, strict=True)
+        return torch.cat(tokens, dim=1).tolist(), start, list(times)
 
     def generate(self, prompts: Sequence[Sequence[int]], output_length: int) -> list[RequestSample]:
         """One sample per prompt; all of a batch share their token times."""
