@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -74,12 +75,37 @@ def price_rows() -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in _table()["rows"]}
 
 
-def device_id(gpu_name: str | None) -> str | None:
+def price_basis(
+    scenario: PriceScenario, *, gpu_name: str | None, cpu_count: int | None
+) -> dict[str, Any]:
+    """What `resolve_prices` made a scenario from beside the overrides, for whoever checks it:
+    ``gpu_name``, ``cpu_count``, ``table`` with the row that was used, ``table_sha256`` of the whole
+    table (canonical JSON).
+    """
+    row = price_rows().get(scenario.device)
+    return {
+        "gpu_name": gpu_name,
+        "cpu_count": cpu_count,
+        "table": _table() | {"rows": [row] if row else []},
+        "table_sha256": table_sha256(),
+    }
+
+
+def table_sha256() -> str:
+    """SHA-256 (hex) of the shipped table as JSON with sorted keys and no spaces."""
+    text = json.dumps(_table(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def device_id(
+    gpu_name: str | None, rows: Mapping[str, Mapping[str, Any]] | None = None
+) -> str | None:
     """The table's id for a GPU by its driver name; ``cpu`` for no GPU; None when not listed."""
     if not gpu_name:
         return "cpu"
     words = set(re.split(r"[^A-Z0-9]+", gpu_name.upper()))
-    hits = [row["id"] for row in price_rows().values() if row.get("match") in words]
+    known = price_rows() if rows is None else rows
+    hits = [row["id"] for row in known.values() if row.get("match") in words]
     return hits[0] if hits else None
 
 
@@ -101,9 +127,14 @@ def _number(values: Mapping[str, Any], key: str) -> float | None:
     return float(value)
 
 
-def _known_device(device: str | None, gpu_name: str | None, has_rate: bool) -> str:
+def _known_device(
+    device: str | None,
+    gpu_name: str | None,
+    has_rate: bool,
+    rows: Mapping[str, Mapping[str, Any]],
+) -> str:
     if device in (None, "auto"):
-        found = device_id(gpu_name)
+        found = device_id(gpu_name, rows)
         if found is None and not has_rate:
             raise RecipeError(
                 f"no list price is known for {gpu_name}",
@@ -111,11 +142,11 @@ def _known_device(device: str | None, gpu_name: str | None, has_rate: bool) -> s
                 fix="set measure.prices.usd_per_hour to what an hour of this device costs you",
             )
         return found or str(gpu_name)
-    if device not in price_rows() and not has_rate:
+    if device not in rows and not has_rate:
         raise RecipeError(
             f"no list price is known for device {device!r}",
             where="measure.prices.device",
-            fix=f"name one of {', '.join(price_rows())}, or set measure.prices.usd_per_hour",
+            fix=f"name one of {', '.join(rows)}, or set measure.prices.usd_per_hour",
         )
     return str(device)
 
@@ -125,6 +156,7 @@ def resolve_prices(
     *,
     gpu_name: str | None = None,
     cpu_count: int | None = None,
+    table: Mapping[str, Any] | None = None,
 ) -> PriceScenario:
     """The price scenario of a run.
 
@@ -133,16 +165,19 @@ def resolve_prices(
         gpu_name: name of the GPU the models run on; None for the CPU.
         cpu_count: CPUs the run may use: the CPU row is scaled by it (general-purpose instances are
             priced per vCPU).
+        table: price table instead of the shipped one, such as a `price_basis`'s.
 
     Raises RecipeError for a device without price, an unusable number, or a declared electricity
     price without watts.
     """
     given = dict(overrides or {})
+    prices = _table() if table is None else table
+    rows = {row["id"]: row for row in prices["rows"]}
     number = {key: _number(given, key) for key in _NUMBERS}
     rate, purchase = number["usd_per_hour"], number["purchase_usd"]
     own_rate = rate is not None or purchase is not None
-    device = _known_device(given.get("device"), gpu_name, own_rate)
-    row = price_rows().get(device)
+    device = _known_device(given.get("device"), gpu_name, own_rate, rows)
+    row = rows.get(device)
     assumptions: list[str] = []
     label, as_of, source = device, "", "set in the recipe"
     if purchase is not None and rate is None:
@@ -215,7 +250,7 @@ def resolve_prices(
         storage_usd_per_gb_month=number["storage_usd_per_gb_month"] or 0.0,
         egress_usd_per_gb=number["egress_usd_per_gb"] or 0.0,
         egress_bytes_per_token=number["egress_bytes_per_token"] or 0.0,
-        currency=_table()["currency"],
+        currency=prices["currency"],
         source=source,
         as_of=as_of,
         assumptions=tuple(assumptions),
