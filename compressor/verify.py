@@ -329,12 +329,12 @@ def _check_recipe(run: _Run, check: Check) -> None:
         given = {key: value for key, value in measured["config"].items() if key != "file_sha256"}
         check.expect(record.LOCK, "measure", lock.get("measure"), given)
     for stage in run.of_kind("texts"):
-        given = [
+        listed = [
             {key: value for key, value in text.items() if key != "file_sha256"}
             for text in stage["config"]["texts"]
         ]
         evaluated = lock.get("evaluate") or {}
-        check.expect(record.LOCK, "evaluate.texts", evaluated.get("texts"), given)
+        check.expect(record.LOCK, "evaluate.texts", evaluated.get("texts"), listed)
         check.expect(
             record.LOCK, "evaluate.length", evaluated.get("length"), stage["config"]["length"]
         )
@@ -644,8 +644,8 @@ def _first_difference(recorded: Path, made: Path) -> tuple[str, str, str]:
         (i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b),
         min(len(old), len(new)),
     )
-    lines = (rows[number] if number < len(rows) else _ABSENT for rows in (old, new))
-    return f"line {number + 1}", *lines
+    before, after = (rows[number] if number < len(rows) else _ABSENT for rows in (old, new))
+    return f"line {number + 1}", before, after
 
 
 def _relative(run_dir: Path, where: Any) -> str:
