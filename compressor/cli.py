@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 TRACEBACK = "COMPRESSOR_TRACEBACK"
 INTERRUPTED = 130
+_FAILURES_SHOWN = 12  # of each check
 
 app = typer.Typer(
     name="compress",
@@ -279,6 +280,7 @@ def report(
     run_dir: Annotated[Path, typer.Argument(help="A run's directory.")],
 ) -> None:
     """Write a run's report, and its verdict, again from the figures in its report.json."""
+    from compressor.record import MANIFEST, write_manifest
     from compressor.report.terminal import closing
     from compressor.report.verdict import make_verdict
     from compressor.report.write import read_report, write_report
@@ -291,7 +293,49 @@ def report(
     content = read_report(path)
     content["verdict"] = make_verdict(content, content["verdict"]["quality_limit"])
     write_report(content, run_dir / "report")
+    if (run_dir / MANIFEST).exists():
+        write_manifest(run_dir)
     Console().print(closing(content))
+
+
+@app.command()
+def verify(
+    run_dir: Annotated[Path, typer.Argument(help="A run's directory.", show_default=False)],
+    expect: Annotated[
+        str | None,
+        typer.Option("--expect", help="SHA-256 that MANIFEST.sha256 must have.", metavar="HEX"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make every figure of a run again from its raw samples, and check every hash.
+
+    The exit code is 1 when anything was altered; each place is named.
+    """
+    from compressor.verify import verify as check_run
+
+    found = check_run(run_dir, expect)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+        raise typer.Exit(0 if found.ok else 1)
+    table = Table(title=f"compress verify {run_dir}")
+    table.add_column("check")
+    table.add_column("compared", justify="right")
+    table.add_column("outcome")
+    for check in found.checks:
+        bad = len(check.failures)
+        outcome = Text(f"{bad} wrong", style="red") if bad else Text("equal", style="green")
+        if check.note:
+            outcome.append(f" ({check.note})", style="yellow")
+        table.add_row(Text(check.name), f"{check.count:,} {check.unit}", outcome)
+    Console().print(table)
+    for check in found.checks:
+        for failure in check.failures[:_FAILURES_SHOWN]:
+            _complain(failure.sentence)
+        if (more := len(check.failures) - _FAILURES_SHOWN) > 0:
+            _complain(f"{check.name}: {more} more (all of them: --json)")
+    typer.echo(f"SHA-256 of MANIFEST.sha256: {found.seal}")
+    if not found.ok:
+        raise typer.Exit(1)
 
 
 def _plan(recipe: Path, output: Path | None, store: Path | None, only: list[str] | None) -> Plan:

@@ -22,6 +22,7 @@ _PACKAGES = (
     "accelerate",
     "datasets",
     "gguf",
+    "matplotlib",
     "numpy",
 )
 _OPTIONAL = {

@@ -1,15 +1,13 @@
 """Execute a plan: run what the store lacks, then lay out the run directory and its report.
 
 runs/<recipe name>/<date>-<plan key>/
-    recipe.lock.yaml  plan.json  environment.json  ledger.json  log.jsonl
-    samples/*.jsonl.gz   artifacts/<variant>/<format>/   report/{index.html,report.md,...}
+    log.jsonl   artifacts/<variant>/<format>/   report/{index.html,report.md,...}
+    and everything that the figures rest on: see `compressor.record`
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -17,11 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from compressor import __version__
 from compressor.errors import CompressorError, RunError
-from compressor.plan import BASELINE, Plan, Stage
+from compressor.plan import BASELINE, Plan, Stage, code_version
 from compressor.progress import Progress
 from compressor.stages import FUNCTIONS, Context
 from compressor.store import StoredStage, content_key, write_atomic
@@ -136,151 +132,41 @@ def _make(
 
 def _finish(plan: Plan, outcome: _Outcome, run_dir: Path) -> RunResult:
     from compressor.doctor import environment
-    from compressor.report.build import build_report
+    from compressor.record import lay_out, run_report, stage_record, write_manifest
     from compressor.report.write import write_report
 
-    lock = plan.recipe.lock()
-    write_atomic(run_dir / "recipe.lock.yaml", yaml.safe_dump(lock, sort_keys=False))
-    facts = environment()
-    write_atomic(run_dir / "environment.json", json.dumps(facts, indent=1))
-    stages = [
-        {
-            "name": stage.name,
-            "kind": stage.kind,
-            "variant": stage.variant,
-            "key": outcome.done[stage.name].key,
-            "seconds": outcome.done[stage.name].manifest["seconds"],
-            "peak_rss_bytes": outcome.done[stage.name].manifest["peak_rss_bytes"],
-            "cached": stage.name in outcome.cached,
-        }
-        for stage in plan.stages
-        if stage.name in outcome.done
-    ]
-    write_atomic(run_dir / "plan.json", json.dumps(stages, indent=1))
-    measured = outcome.done.get("measure")
-    if measured:
-        write_atomic(run_dir / "ledger.json", json.dumps(measured.result, indent=1))
-        for path in sorted(measured.path.glob("samples/*")):
-            _place(path, run_dir / "samples" / path.name)
-    load = outcome.done["load"].result
-    calibration = outcome.done.get("calibrate")
-    report = build_report(
-        recipe={"name": plan.recipe.name, "sha256": content_key(lock)},
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        compressor_version=__version__,
-        command=_command(),
-        environment=facts,
-        model={k: load[k] for k in ("source", "revision", "architecture", "parameters")}
-        | {"size_bytes": load["size_bytes"]},
-        calibration=calibration.result if calibration else None,
-        variants=[_variant(plan, outcome, run_dir, name) for name in _variant_names(plan)],
-        measured=measured.result if measured else None,
-        stages=stages,
-        notes=list(load["notes"]),
+    lay_out(
+        run_dir,
+        lock=plan.recipe.lock(),
+        facts={
+            "name": plan.recipe.name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "compressor_version": __version__,
+            "command": _command(),
+            "variants": list(dict.fromkeys(s.variant for s in plan.stages if s.variant)),
+            "failed": outcome.failed,
+        },
+        environment=environment(),
+        stages=[
+            (
+                stage_record(
+                    stage.name,
+                    stage.variant,
+                    stored,
+                    code=code_version(stage.kind),
+                    cached=stage.name in outcome.cached,
+                ),
+                stored.path,
+            )
+            for stage in plan.stages
+            if (stored := outcome.done.get(stage.name))
+        ],
     )
+    report = run_report(run_dir)
     write_report(report, run_dir / "report")
     write_atomic(run_dir / ".complete", content_key(report["stages"]))
+    write_manifest(run_dir)
     return RunResult(run_dir, report, outcome.failed)
-
-
-def _variant_names(plan: Plan) -> list[str]:
-    return list(dict.fromkeys(s.variant for s in plan.stages if s.variant))
-
-
-_LAYER_KEYS = ("name", "error", "rtn_error", "fallback", "tokens", "undersampled")
-
-
-def _scheme_name(layers: list[dict[str, Any]]) -> str:
-    """``W4A16``, or ``W4A16/W8A16`` when layers differ."""
-    return "/".join(sorted({layer["scheme"]["name"] for layer in layers if "scheme" in layer}))
-
-
-def _precision(allocation: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What the report says of mixed precision; the schemes stand with the layers."""
-    if allocation is None:
-        return None
-    return {key: allocation[key] for key in ("mean_bits", "stored_bits", "predicted_loss")}
-
-
-def _variant(plan: Plan, outcome: _Outcome, run_dir: Path, name: str) -> dict[str, Any]:
-    """One variant's entry of the report, from the manifests of its stages."""
-    from compressor.quantize.driver import read_layers
-
-    done = outcome.done
-    quantized, scored = done.get(f"quantize:{name}"), done.get(f"evaluate:{name}")
-    entry: dict[str, Any] = {
-        "name": name,
-        "status": "failed" if name in outcome.failed else "ok",
-        "error": outcome.failed.get(name),
-        "algorithm": None,
-        "scheme": None,
-        "group_size": None,
-        "size_bytes": None,
-        "coverage": None,
-        "precision": None,
-        "quantization": None,
-        "quality": scored.result["quality"] if scored else [],
-        "artifacts": [],
-    }
-    if quantized:
-        steps = quantized.manifest["config"]["steps"]
-        layers = read_layers(quantized.path)
-        cache = quantized.result.get("kv_cache")
-        entry |= {
-            "algorithm": "+".join(next(iter(step)) for step in steps),
-            "scheme": _scheme_name(layers) + (f" with {cache} cache" if cache else ""),
-            "group_size": quantized.result["scheme"]["weights"]["group_size"],
-            "coverage": quantized.result["coverage"],
-            "precision": _precision(quantized.result.get("allocation")),
-            "quantization": {
-                "seconds": quantized.manifest["seconds"],
-                "peak_rss_bytes": quantized.manifest["peak_rss_bytes"],
-                "layers": [
-                    {k: layer[k] for k in _LAYER_KEYS} | {"scheme": layer["scheme"]["name"]}
-                    for layer in layers
-                    if "error" in layer
-                ],
-            },
-        }
-    for stage_name, stored in done.items():
-        if stored.manifest["kind"] == "export" and stored.manifest["variant"] == name:
-            entry["artifacts"].append(_artifact(stored, run_dir, stage_name))
-            entry["size_bytes"] = stored.result["size_bytes"]
-    return entry
-
-
-def _artifact(stored: StoredStage, run_dir: Path, stage_name: str) -> dict[str, Any]:
-    """Lay an export into the run directory and list its files."""
-    _, variant, fmt = stage_name.split(":")
-    relative = Path("artifacts") / variant / fmt
-    files = []
-    for entry in stored.manifest["files"]:
-        inner = Path(entry["path"]).relative_to("artifact")
-        _place(stored.path / entry["path"], run_dir / relative / inner)
-        files.append({**entry, "path": inner.as_posix()})
-    return {
-        "format": fmt,
-        "path": relative.as_posix(),
-        "size_bytes": stored.result["size_bytes"],
-        "sha256": content_key([[f["path"], f["sha256"]] for f in files]),
-        "files": files,
-        "tensors": stored.result["tensors"],
-    }
-
-
-def _place(source: Path, target: Path) -> None:
-    """Link a stored file into the run (copy where links are impossible), replacing what is there.
-
-    Links are safe since stored files are read-only and engines only read artifacts.
-    """
-    if target.exists() and os.path.samefile(source, target):
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _run_directory(plan: Plan) -> Path:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
@@ -27,6 +30,7 @@ _NUMBERS = (
     "egress_bytes_per_token",
     "grid_gco2e_per_kwh",
 )
+_USED: ContextVar[dict[str, Any] | None] = ContextVar("price_table", default=None)
 PLANS = ("on-demand", "reserved-1y", "reserved-3y", "spot", "purchase")
 
 
@@ -81,8 +85,44 @@ class PriceScenario:
 
 
 @cache
-def _table() -> dict[str, Any]:
+def _shipped_table() -> dict[str, Any]:
     return json.loads(resources.files("compressor.measure").joinpath("prices.json").read_text())
+
+
+def _table() -> dict[str, Any]:
+    return _USED.get() or _shipped_table()
+
+
+@contextmanager
+def price_table(table: Mapping[str, Any] | None) -> Iterator[None]:
+    """Within it prices come from another table than the shipped one, such as a `price_basis`'s."""
+    token = _USED.set(dict(table) if table else None)
+    try:
+        yield
+    finally:
+        _USED.reset(token)
+
+
+def price_basis(
+    scenario: PriceScenario, *, gpu_name: str | None, cpu_count: int | None
+) -> dict[str, Any]:
+    """What `resolve_prices` made a scenario from beside the overrides, for whoever checks it:
+    ``gpu_name``, ``cpu_count``, ``table`` with the row that was used, ``table_sha256`` of the whole
+    table (canonical JSON).
+    """
+    row = price_rows().get(scenario.device)
+    return {
+        "gpu_name": gpu_name,
+        "cpu_count": cpu_count,
+        "table": _table() | {"rows": [row] if row else []},
+        "table_sha256": table_sha256(),
+    }
+
+
+def table_sha256() -> str:
+    """SHA-256 (hex) of the shipped table as JSON with sorted keys and no spaces."""
+    text = json.dumps(_shipped_table(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def price_rows() -> dict[str, dict[str, Any]]:

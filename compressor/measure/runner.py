@@ -27,9 +27,15 @@ from compressor.measure.engines.transformers import (
     Loader,
     TransformersEngine,
 )
-from compressor.measure.prices import resolve_prices
+from compressor.measure.prices import price_basis, resolve_prices
 from compressor.measure.samples import write_samples
-from compressor.measure.workload import Workload, build_workload, tokenizer_encode
+from compressor.measure.workload import (
+    PROMPTS,
+    Workload,
+    build_workload,
+    tokenizer_encode,
+    write_prompts,
+)
 
 _DTYPES = {
     "float32": torch.float32,
@@ -398,12 +404,13 @@ def measure(
             dtype ``auto`` each variant runs in the dtype that serves it fastest (`probe_variant`).
         tokenizer: Hugging Face tokenizer that all variants share.
         prompts: texts of the workload (raw text, no chat template).
-        out_dir: gets ``samples/<variant>.jsonl.gz`` and ``ledger.json``.
+        out_dir: gets ``samples/<variant>.jsonl.gz``, ``prompts.jsonl.gz`` and ``ledger.json``.
         artifact_bytes: size on disk by variant, for the storage line [bytes].
 
     Returns the JSON-ready content of ``ledger.json``: ``baseline``, ``performance`` {variant: [row
-    per concurrency]}, ``workload``, ``prices``, ``engines`` {variant: facts}, ``samples`` {variant:
-    path, sha256, requests}, ``probes`` {variant: what was tried}, ``errors`` {variant: message of
+    per concurrency]}, ``workload``, ``prompts`` (path, sha256, prompt_sha256 of each), ``prices``,
+    ``price_basis``, ``engines`` {variant: facts}, ``samples`` {variant: path, sha256, requests},
+    ``probes`` {variant: what was tried}, ``errors`` {variant: message of
     those that failed}, ``artifact_bytes``, ``seconds``, ``notes``.
 
     Raises RunError when the baseline fails, RecipeError when the prompts hold no text or the prices
@@ -411,12 +418,8 @@ def measure(
     """
     began = time.perf_counter()
     baseline = next(iter(variants))
-    on_gpu = torch.cuda.is_available()
-    prices = resolve_prices(
-        settings.prices,
-        gpu_name=torch.cuda.get_device_name() if on_gpu else None,
-        cpu_count=available_cpus(),
-    )
+    gpu_name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    prices = resolve_prices(settings.prices, gpu_name=gpu_name, cpu_count=available_cpus())
     needed = max(settings.served(size) for size in settings.concurrency)
     workload = build_workload(
         prompts,
@@ -487,7 +490,9 @@ def measure(
             "interleaved": "every point of every round" if fleet.keep else "every round",
             "confidence": metrics.CONFIDENCE,
         },
+        "prompts": write_prompts(Path(out_dir) / PROMPTS, workload.tokens.tolist()),
         "prices": prices.to_dict(),
+        "price_basis": price_basis(prices, gpu_name=gpu_name, cpu_count=available_cpus()),
         "engines": engines,
         "samples": files,
         "probes": {name: probe.to_dict() for name, probe in fleet.probes.items()},

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from compressor.errors import RunError
 from compressor.measure.engines.base import RequestSample
@@ -32,3 +33,20 @@ def read_samples(path: Path) -> list[RequestSample]:
             where=str(path),
             fix="run the measurement again",
         ) from error
+
+
+def request_ids(workload: Mapping[str, Any], variant: str) -> list[str]:
+    """The ids of every request that a variant was to serve, from the ledger's ``workload``.
+
+    At each concurrency and in each round: as many batches as bring up the requests of that point.
+    """
+    ids = []
+    for size in workload["concurrency"]:
+        batches = workload["requests"][str(size)] // (size * workload["rounds"])
+        ids += [
+            f"{variant}/c{size}/r{turn}/b{batch}/{index}"
+            for turn in range(workload["rounds"])
+            for batch in range(batches)
+            for index in range(size)
+        ]
+    return ids

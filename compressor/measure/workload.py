@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from compressor.errors import RecipeError
+from compressor.errors import RecipeError, RunError
+
+PROMPTS = "prompts.jsonl.gz"
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,41 @@ def tokens_sha256(tokens: np.ndarray) -> str:
     """SHA-256 (hex) of shape and content of an integer array, independent of byte order."""
     data = np.ascontiguousarray(tokens, dtype="<i4")
     return hashlib.sha256(str(data.shape).encode() + data.tobytes()).hexdigest()
+
+
+def prompt_sha256(tokens: Sequence[int]) -> str:
+    """SHA-256 (hex) of one prompt's token ids as little-endian int32."""
+    return hashlib.sha256(np.asarray(tokens, dtype="<i4").tobytes()).hexdigest()
+
+
+def write_prompts(path: Path, prompts: Iterable[Sequence[int]]) -> dict[str, Any]:
+    """Write one JSON list of token ids a line, gzipped, byte-identical for equal prompts.
+
+    Returns ``path`` (the file's name), its ``sha256``, and ``prompt_sha256`` of every line.
+    """
+    rows = [[int(token) for token in prompt] for prompt in prompts]
+    text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+    data = gzip.compress(text.encode(), mtime=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return {
+        "path": path.name,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "prompt_sha256": [prompt_sha256(row) for row in rows],
+    }
+
+
+def read_prompts(path: Path) -> list[list[int]]:
+    """The inverse of `write_prompts`; RunError when the file is not what it wrote."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            return [[int(token) for token in json.loads(line)] for line in file]
+    except (OSError, EOFError, ValueError, TypeError) as error:
+        raise RunError(
+            f"the workload's prompts cannot be read: {error}",
+            where=str(path),
+            fix="run the measurement again",
+        ) from error
 
 
 def build_workload(

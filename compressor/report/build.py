@@ -56,6 +56,7 @@ def build_report(
     measured: Mapping[str, Any] | None = None,
     stages: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
+    record: Mapping[str, str] | None = None,
     baseline: str = "baseline",
     title: str | None = None,
     quality_limit: float = QUALITY_LIMIT,
@@ -67,6 +68,7 @@ def build_report(
         measured: result of `measure.runner.measure`; its rows are put into the variants, and a
             variant that failed there keeps its quality figures and gets a note.
         created: ISO 8601 time.
+        record: SHA-256 by name of the files that all this was read from.
         quality_limit: perplexity growth that the verdict accepts as equal quality.
 
     Raises RunError naming each key at fault.
@@ -107,6 +109,7 @@ def build_report(
         "workload": _workload(measured) if measured else None,
         "stages": [dict(stage) for stage in stages],
         "notes": all_notes,
+        "record": dict(record or {}),
     }
     report = validate_report(report)
     report["verdict"] = make_verdict(report, quality_limit)

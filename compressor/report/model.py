@@ -247,7 +247,10 @@ class Verdict(Strict):
 
 
 class ReportModel(Strict):
-    """The whole report."""
+    """The whole report.
+
+    `record` holds the SHA-256 of every file of the run that the figures were made from.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     title: str
@@ -265,6 +268,7 @@ class ReportModel(Strict):
     workload: dict[str, Any] | None
     stages: list[Stage]
     notes: list[str]
+    record: dict[str, str] = {}
 
 
 def report_schema() -> dict[str, Any]:

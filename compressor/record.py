@@ -1,0 +1,336 @@
+"""What a run directory holds beside its report, and the report made from that alone.
+
+Everything that a figure rests on is laid into the run's directory, so that `compressor.verify` can
+make every figure again on another machine, without the store::
+
+    recipe.lock.yaml    the recipe, every default resolved
+    run.json            name, time, version, command, failed variants, the recipe once more
+    environment.json    the machine
+    plan.json           the stages in short, as the report lists them
+    stages.json         every stage: settings, keys, result, SHA-256 of every file it made
+    ledger.json  prompts.jsonl.gz  samples/    the measurement
+    calibration/tokens.npy  texts/<text>.npy   token ids
+    layers/<variant>.jsonl                     what quantization did to each linear
+    scores/<variant>/<text>.safetensors        the evaluation, token by token
+    artifacts/<variant>/<format>/
+    report/
+    MANIFEST.sha256     the hash of every file above (sha256sum -c reads it)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from compressor.errors import RunError
+from compressor.store import StoredStage, content_key, file_sha256, write_atomic
+
+MANIFEST = "MANIFEST.sha256"
+LOCK, RUN, ENVIRONMENT, PLAN = "recipe.lock.yaml", "run.json", "environment.json", "plan.json"
+STAGES, LEDGER = "stages.json", "ledger.json"
+RECORD = (LOCK, RUN, ENVIRONMENT, PLAN, STAGES, LEDGER)
+_IN_SHORT = ("name", "kind", "variant", "key", "seconds", "peak_rss_bytes", "cached")
+_LAYER_KEYS = ("name", "error", "rtn_error", "fallback", "tokens", "undersampled")
+_FIX = "name the directory of a run; `compress run` with the same recipe writes it again"
+
+
+def stage_record(
+    name: str, variant: str | None, stored: StoredStage, *, code: str, cached: bool
+) -> dict[str, Any]:
+    """A stage's entry in ``stages.json``.
+
+    Args:
+        name, variant: as planned; two variants may share one stored stage.
+        code: `plan.code_version` of its kind.
+    """
+    manifest = stored.manifest
+    result = dict(manifest["result"])
+    if manifest["kind"] == "load":
+        result["path"] = None  # a place on this machine
+    return {
+        "name": name,
+        "kind": manifest["kind"],
+        "variant": variant,
+        "key": stored.key,
+        "config": manifest["config"],
+        "inputs": manifest["inputs"],
+        "code": code,
+        "seconds": manifest["seconds"],
+        "peak_rss_bytes": manifest["peak_rss_bytes"],
+        "cached": cached,
+        "result": result,
+        "files": manifest["files"],
+    }
+
+
+def recorded_key(stage: Mapping[str, Any]) -> str:
+    """The content key that follows from a stage's entry (see `plan.Stage.key_given`)."""
+    return content_key(
+        {
+            "kind": stage["kind"],
+            "config": stage["config"],
+            "in": stage["inputs"],
+            "code": stage["code"],
+        }
+    )
+
+
+def export_directory(stage: Mapping[str, Any]) -> PurePosixPath:
+    """Where an export stage's artifact lies in the run directory."""
+    return PurePosixPath("artifacts") / stage["variant"] / stage["result"]["format"]
+
+
+def kept_files(stage: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], PurePosixPath]]:
+    """(entry of the stage's ``files``, its place in the run directory) of those that are kept."""
+    kind, variant = stage["kind"], stage["variant"]
+    for entry in stage["files"]:
+        path = PurePosixPath(entry["path"])
+        if kind == "export":
+            yield entry, export_directory(stage) / path.relative_to("artifact")
+        elif kind == "measure":
+            yield entry, path
+        elif kind == "calibrate" and path.suffix == ".npy":
+            yield entry, PurePosixPath("calibration") / path
+        elif kind == "texts" and path.suffix == ".npy":
+            yield entry, PurePosixPath("texts") / path
+        elif kind == "quantize" and path.name == "layers.jsonl":
+            yield entry, PurePosixPath("layers") / f"{variant}.jsonl"
+        elif (
+            kind == "evaluate"
+            and path.suffix == ".safetensors"
+            and not path.name.endswith(".hidden.safetensors")
+        ):
+            yield entry, PurePosixPath("scores") / variant / path
+
+
+def lay_out(
+    run_dir: Path,
+    *,
+    lock: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    stages: Sequence[tuple[dict[str, Any], Path]],
+) -> None:
+    """Write the record of a run and link the files that its figures rest on.
+
+    Args:
+        lock: the resolved recipe.
+        facts: content of ``run.json`` without the recipe.
+        environment: what `doctor.environment` found.
+        stages: (`stage_record`, directory in the store) in the plan's order.
+    """
+    records = [record for record, _ in stages]
+    in_short = [{key: record[key] for key in _IN_SHORT} for record in records]
+    write_atomic(run_dir / LOCK, yaml.safe_dump(dict(lock), sort_keys=False))
+    write_atomic(run_dir / RUN, _json({**facts, "recipe": lock}))
+    write_atomic(run_dir / ENVIRONMENT, _json(environment))
+    write_atomic(run_dir / PLAN, _json(in_short))
+    write_atomic(run_dir / STAGES, _json(records))
+    for record, directory in stages:
+        for entry, place in kept_files(record):
+            _place(directory / entry["path"], run_dir / place)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+def _place(source: Path, target: Path) -> None:
+    """Link a stored file into the run (copy where links are impossible), replacing what is there.
+
+    Links are safe since stored files are read-only and engines only read artifacts.
+    """
+    if target.exists() and os.path.samefile(source, target):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def read_json(run_dir: Path, name: str) -> Any:
+    """A JSON file of the run; RunError when it cannot be read."""
+    try:
+        return json.loads((run_dir / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot be read: {error}", where=str(run_dir / name), fix=_FIX) from error
+
+
+def read_lock(run_dir: Path) -> dict[str, Any]:
+    """The resolved recipe; RunError when it cannot be read."""
+    path = run_dir / LOCK
+    try:
+        lock = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunError(f"cannot be read: {error}", where=str(path), fix=_FIX) from error
+    if not isinstance(lock, dict):
+        raise RunError("holds no recipe", where=str(path), fix=_FIX)
+    return lock
+
+
+def run_report(
+    run_dir: Path,
+    *,
+    performance: Mapping[str, Any] | None = None,
+    quality: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> dict[str, Any]:
+    """The report's content, from the files of the run directory alone.
+
+    Args:
+        performance: rows by variant instead of the ledger's.
+        quality: rows by variant instead of those that the evaluation recorded.
+
+    Raises RunError when a file cannot be read or does not fit the report.
+    """
+    from compressor.report.build import build_report
+
+    run, stages = read_json(run_dir, RUN), read_json(run_dir, STAGES)
+    results = {stage["name"]: stage["result"] for stage in stages}
+    load, measured = results["load"], None
+    if "measure" in results:
+        measured = read_json(run_dir, LEDGER)
+        if performance is not None:
+            measured = measured | {"performance": performance}
+    return build_report(
+        recipe={"name": run["name"], "sha256": content_key(read_lock(run_dir))},
+        created=run["created"],
+        compressor_version=run["compressor_version"],
+        command=run["command"],
+        environment=read_json(run_dir, ENVIRONMENT),
+        model={
+            key: load[key]
+            for key in ("source", "revision", "architecture", "parameters", "size_bytes")
+        },
+        calibration=results.get("calibrate"),
+        variants=[_variant(run_dir, run, stages, name, quality) for name in run["variants"]],
+        measured=measured,
+        stages=read_json(run_dir, PLAN),
+        notes=list(load["notes"]),
+        record={name: file_sha256(run_dir / name) for name in RECORD if (run_dir / name).exists()},
+    )
+
+
+def _variant(
+    run_dir: Path,
+    run: Mapping[str, Any],
+    stages: Sequence[Mapping[str, Any]],
+    name: str,
+    quality: Mapping[str, Sequence[Mapping[str, Any]]] | None,
+) -> dict[str, Any]:
+    """One variant's entry of the report."""
+    own = {stage["name"]: stage for stage in stages if stage["variant"] == name}
+    quantized, scored = own.get(f"quantize:{name}"), own.get(f"evaluate:{name}")
+    rows = scored["result"]["quality"] if scored else []
+    if quality is not None:
+        rows = [dict(row) for row in quality.get(name, [])]
+    entry: dict[str, Any] = {
+        "name": name,
+        "status": "failed" if name in run["failed"] else "ok",
+        "error": run["failed"].get(name),
+        "algorithm": None,
+        "scheme": None,
+        "group_size": None,
+        "size_bytes": None,
+        "coverage": None,
+        "precision": None,
+        "quantization": None,
+        "quality": rows,
+        "artifacts": [],
+    }
+    if quantized:
+        entry |= _quantized(quantized, _layers(run_dir / "layers" / f"{name}.jsonl"))
+    for stage in own.values():
+        if stage["kind"] == "export":
+            entry["artifacts"].append(_artifact(stage))
+            entry["size_bytes"] = stage["result"]["size_bytes"]
+    return entry
+
+
+def _layers(path: Path) -> list[dict[str, Any]]:
+    """The per-linear records of a quantized variant, in model order; none without the file."""
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise RunError(f"cannot be read: {error}", where=str(path), fix=_FIX) from error
+
+
+def _quantized(stage: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the report says of a quantization."""
+    result, steps = stage["result"], stage["config"]["steps"]
+    cache, allocation = result.get("kv_cache"), result.get("allocation")
+    # W4A16, or W4A16/W8A16 when layers differ
+    scheme = "/".join(sorted({layer["scheme"]["name"] for layer in layers if "scheme" in layer}))
+    precision = None
+    if allocation is not None:  # the schemes stand with the layers
+        precision = {key: allocation[key] for key in ("mean_bits", "stored_bits", "predicted_loss")}
+    return {
+        "algorithm": "+".join(next(iter(step)) for step in steps),
+        "scheme": scheme + (f" with {cache} cache" if cache else ""),
+        "group_size": result["scheme"]["weights"]["group_size"],
+        "coverage": result["coverage"],
+        "precision": precision,
+        "quantization": {
+            "seconds": stage["seconds"],
+            "peak_rss_bytes": stage["peak_rss_bytes"],
+            "layers": [
+                {key: layer[key] for key in _LAYER_KEYS} | {"scheme": layer["scheme"]["name"]}
+                for layer in layers
+                if "error" in layer
+            ],
+        },
+    }
+
+
+def _artifact(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """An exported directory and its files."""
+    directory = export_directory(stage)
+    files = [
+        {**entry, "path": place.relative_to(directory).as_posix()}
+        for entry, place in kept_files(stage)
+    ]
+    return {
+        "format": stage["result"]["format"],
+        "path": directory.as_posix(),
+        "size_bytes": stage["result"]["size_bytes"],
+        "sha256": content_key([[file["path"], file["sha256"]] for file in files]),
+        "files": files,
+        "tensors": stage["result"]["tensors"],
+    }
+
+
+def write_manifest(run_dir: Path) -> str:
+    """Write ``MANIFEST.sha256`` over every other file; returns its own SHA-256 (hex).
+
+    Hashes that ``stages.json`` records are taken from there: large artifacts are not read again.
+    """
+    known = {}
+    if (run_dir / STAGES).exists():
+        known = {
+            place.as_posix(): entry["sha256"]
+            for stage in read_json(run_dir, STAGES)
+            for entry, place in kept_files(stage)
+        }
+    lines = []
+    for name in run_files(run_dir):
+        lines.append(f"{known.get(name) or file_sha256(run_dir / name)}  {name}\n")
+    write_atomic(run_dir / MANIFEST, "".join(lines))
+    return file_sha256(run_dir / MANIFEST)
+
+
+def run_files(run_dir: Path) -> list[str]:
+    """Every file of the run but the manifest, relative, sorted."""
+    return sorted(
+        path.relative_to(run_dir).as_posix()
+        for path in run_dir.rglob("*")
+        if (path.is_file() or path.is_symlink()) and path != run_dir / MANIFEST
+    )
