@@ -4,8 +4,9 @@
     python benchmarks/load_generator.py agreement --model DIR --output reports/load-generator
 
 *capacity*: a server in a process of its own sends prebuilt events, one write per token, to the
-generator in a closed loop. What comes out is the most that the generator could see of a server; the
-two share the cores, so both their CPU shares are given.
+generator in a closed loop: as fast as it can, which shows the most that the generator takes, and in
+steps as an engine does, which shows how exact its times are then. The two share the cores, so both
+their CPU shares are given.
 
 *agreement*: one vLLM server (environment: see `compressor.doctor.vllm_python`), the same prompts of
 random words and the same lengths, from `vllm bench serve` and from our generator in turns.
@@ -52,55 +53,52 @@ class StreamingServer(ServerProcess):
 
     name = title = "prebuilt events"
 
-    def __init__(self, tokens: int, log: Path) -> None:
+    def __init__(self, tokens: int, step_ms: float, log: Path) -> None:
         super().__init__(Path("prebuilt"), log, start_timeout=60)
-        self.tokens = tokens
+        self.tokens, self.step_ms = tokens, step_ms
 
     @property
     def command(self) -> list[str]:
-        return [
-            sys.executable,
-            str(PEERS / "streaming_server.py"),
-            str(self.port),
-            str(self.tokens),
-        ]
+        arguments = map(str, (self.port, self.tokens, self.step_ms))
+        return [sys.executable, str(PEERS / "streaming_server.py"), *arguments]
 
     def client(self) -> HttpClient:
         return HttpClient(f"{self.url}/v1/completions", model=SERVED_NAME)
 
 
 def capacity(args: argparse.Namespace) -> dict[str, Any]:
-    """One row per concurrency."""
-    prompts = [[1, 2, 3]]
+    """One row per step and number in flight."""
     rows = []
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        StreamingServer(args.tokens, Path(scratch) / "log") as server,
-    ):
-        assert server.process is not None
-        process = psutil.Process(server.process.pid)
-
-        def run(seconds: float, concurrency: int) -> LoadResult:
-            return run_load(
-                server.client,
-                lambda client: closed_loop(
-                    client,
-                    prompts,
-                    concurrency=concurrency,
-                    seconds=seconds,
-                    output_lengths=args.tokens,
-                ),
-            )
-
-        run(1.0, max(args.concurrency))
-        for concurrency in args.concurrency:
-            before = process.cpu_times()
-            result = run(args.seconds, concurrency)
-            after = process.cpu_times()
-            used = after.user + after.system - before.user - before.system
-            rows.append(capacity_row(result, concurrency, used))
-            print(json.dumps(rows[-1]))
+    for step_ms in args.step_ms:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            StreamingServer(args.tokens, step_ms, Path(scratch) / "log") as server,
+        ):
+            drive(server, 1.0, max(args.concurrency))
+            for concurrency in args.concurrency:
+                rows.append({"step_ms": step_ms, **drive(server, args.seconds, concurrency)})
+                print(json.dumps(rows[-1]))
     return {**facts(args), "tokens_per_request": args.tokens, "rows": rows}
+
+
+def drive(server: StreamingServer, seconds: float, concurrency: int) -> dict[str, Any]:
+    """One load against it."""
+    assert server.process is not None
+    process = psutil.Process(server.process.pid)
+    before = process.cpu_times()
+    result = run_load(
+        server.client,
+        lambda client: closed_loop(
+            client,
+            [[1, 2, 3]],
+            concurrency=concurrency,
+            seconds=seconds,
+            output_lengths=server.tokens,
+        ),
+    )
+    after = process.cpu_times()
+    used = after.user + after.system - before.user - before.system
+    return capacity_row(result, concurrency, used)
 
 
 def capacity_row(result: LoadResult, concurrency: int, server_cpu_s: float) -> dict[str, Any]:
@@ -284,7 +282,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
     """When and where, without the paths of this machine."""
     hidden = {"output", "model", "python", "command", "flag"}
     given = [
-        f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in vars(args).items()
         if name not in hidden
     ]
@@ -312,14 +310,15 @@ def readme(directory: Path) -> str:
             f"## What it can do\n\n`{found['command']}`, {found['machine']}, "
             f"Python {found['python']}, {found['loop']}, {found['date'][:10]}. A local server in a "
             f"process of its own sends {found['tokens_per_request']} prebuilt events a request, "
-            "one write per token. CPU shares are of one core.\n\n"
-            "| in flight | requests/s | tokens/s | tokens per read | generator CPU | server CPU "
+            "one write per token, to every request at once in steps of so many ms (0: as fast as it "
+            "can). Tokens per read shows how many reached the generator together. CPU shares are of one core.\n\n"
+            "| step [ms] | in flight | requests/s | tokens/s | tokens per read | generator CPU | server CPU "
             "| CPU per token [us] | errors | latest timer [ms] |\n"
-            "|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+            "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
         )
         for row in found["rows"]:
             text.append(
-                f"| {row['concurrency']} | {row['requests_per_second']:.0f} "
+                f"| {row['step_ms']:g} | {row['concurrency']} | {row['requests_per_second']:.0f} "
                 f"| {row['tokens_per_second']:.0f} | {row['tokens_per_read']:.2f} "
                 f"| {row['generator_cpu_share']:.0%} | {row['server_cpu_share']:.0%} "
                 f"| {row['generator_cpu_us_per_token']:.0f} | {row['errors']} "
@@ -361,7 +360,14 @@ def main() -> None:
     able = commands.add_parser("capacity", help="the most that the generator can see")
     able.add_argument("--seconds", type=float, default=20.0, help="per number in flight")
     able.add_argument("--tokens", type=int, default=64, help="per request")
-    able.add_argument("--concurrency", type=int, nargs="+", default=[1, 16, 64, 256])
+    able.add_argument("--concurrency", type=int, nargs="+", default=[16, 64, 256])
+    able.add_argument(
+        "--step-ms",
+        type=float,
+        nargs="+",
+        default=[0.0, 20.0],
+        help="time between tokens; 0: none",
+    )
     same = commands.add_parser("agreement", help="side by side with vllm bench serve")
     same.add_argument("--model", type=Path, required=True, help="directory that vLLM serves")
     same.add_argument("--python", type=Path, help="interpreter with vLLM")
