@@ -357,6 +357,18 @@ class Prices(_Section):
     """Prices; each overrides the table that comes with the package."""
 
     device: str | None = Field(None, description="Row of the price table; found when not given.")
+    plan: Literal["on-demand", "reserved-1y", "reserved-3y", "spot", "purchase"] | None = Field(
+        None, description="How the device is paid; on-demand when no price of your own is given."
+    )
+    currency: str | None = Field(
+        None,
+        pattern="^[A-Z]{3}$",
+        description="Currency of this section, also of its usd_ keys; USD when not given.",
+    )
+    per_usd: float | None = Field(
+        None, gt=0, description="What one US dollar is in it; converts the table's prices."
+    )
+    per_usd_as_of: str | None = Field(None, description="Day of that exchange rate, in quotes.")
     usd_per_hour: float | None = Field(None, ge=0, description="Rental of the device, USD/h.")
     host_usd_per_hour: float | None = Field(None, ge=0, description="Rental of its host, USD/h.")
     purchase_usd: float | None = Field(None, ge=0, description="Purchase instead of rental, USD.")
@@ -365,6 +377,9 @@ class Prices(_Section):
     watts: float | None = Field(None, ge=0, description="Declared power under load, W.")
     electricity_usd_per_kwh: float | None = Field(None, ge=0, description="Electricity, USD/kWh.")
     pue: float | None = Field(None, ge=1, description="Power usage effectiveness.")
+    grid_gco2e_per_kwh: float | None = Field(
+        None, ge=0, description="Emissions of the grid, gCO2e/kWh."
+    )
     utilisation: float | None = Field(
         None, gt=0, le=1, description="Share of paid hours in which the device serves."
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 from compressor.errors import RecipeError
@@ -181,7 +182,7 @@ def waterfall(
     one = Interval(1.0, None, None)
     first = steps[0]
     rows = [Gain(first.name, "", first.throughput_tok_s, one, one, None, None, None, "")]
-    for before, step in zip(steps, steps[1:], strict=False):
+    for before, step in pairwise(steps):
         rate = step.throughput_tok_s
         gain = (paired or {}).get(step.name) or ratio(rate, before.throughput_tok_s)
         claim = CLAIMS.get(step.technique)

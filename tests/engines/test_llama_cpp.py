@@ -35,7 +35,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert body["cache_prompt"] is False and body["timings_per_token"] and body["ignore_eos"]
-        assert body["prompt"] == [5, 6] and body["temperature"] == 0 and self.path == "/v1/completions"
+        assert body["prompt"] == [5, 6] and body["temperature"] == 0
+        assert self.path == "/v1/completions"
         events = [{"choices": [{"text": "x", "finish_reason": None}], "timings": {"predicted_n": n}}
                   for n in range(1, body["max_tokens"] + 1)]
         events.append({"choices": [{"text": "", "finish_reason": "length"}],

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -88,7 +89,7 @@ def test_the_closed_loop_keeps_its_slots_full_and_never_more(
 def test_a_slot_goes_on_at_once() -> None:
     result = closed(Pretend([0.02]), concurrency=1, requests=5)
     rows = result.samples
-    gaps = [b.start_s - a.end_s for a, b in zip(rows, rows[1:], strict=False)]
+    gaps = [b.start_s - a.end_s for a, b in itertools.pairwise(rows)]
     assert min(gaps) >= 0 and sorted(gaps)[2] < 0.01
 
 
