@@ -111,21 +111,25 @@ class NvmlSource:
 
     def __init__(self, nvml: Any, now: float, devices: Sequence[int] = (0,)) -> None:
         self._nvml, self._joules, self._time = nvml, 0.0, now
+        self._counter: float | None = None
+        self._watts = 0.0
         try:
             nvml.nvmlInit()
-            self._handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in devices]
         except Exception as error:
             raise EnergyError(f"NVML: {error}") from error
         try:
-            self._counter: float | None = self._total()
-            self._watts = 0.0
-        except Exception:
-            self._counter = None  # an old GPU: no counter, only samples of power
-            self._watts = self._ask(self._power)
+            self._handles = [self._ask(nvml.nvmlDeviceGetHandleByIndex, i) for i in devices]
+            try:
+                self._counter = self._total()
+            except Exception:  # an old GPU: no counter, only samples of power
+                self._watts = self._ask(self._power)
+        except EnergyError:
+            nvml.nvmlShutdown()
+            raise
 
-    def _ask(self, what: Callable[[], float]) -> float:
+    def _ask(self, what: Callable[..., Any], *arguments: int) -> Any:
         try:
-            return what()
+            return what(*arguments)
         except Exception as error:
             raise EnergyError(f"NVML: {error}") from error
 
@@ -232,7 +236,7 @@ class EnergyMeter:
     Args:
         device: ``cuda`` measures GPUs, ``cpu`` the CPU packages.
         declared_watts: what to assume when nothing can be measured (`PriceScenario.watts`).
-        gpus: NVML indices of the GPUs in use.
+        gpus: NVML indices of the GPUs in use; NVML does not know CUDA_VISIBLE_DEVICES.
         interval_s: time between samples [s]; None takes only one at each end, without a thread.
             A RAPL counter that wraps twice between samples would be read too low, which takes
             minutes.
@@ -264,6 +268,7 @@ class EnergyMeter:
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
         self._began = 0.0
+        self._utilisation_of: Literal["gpu", "cpu"] = "cpu"
 
     def _open(self) -> EnergySource | None:
         try:
@@ -286,7 +291,7 @@ class EnergyMeter:
                 except EnergyError as error:
                     self._notes.append(f"{error}; given up after {now - self._began:.1f} s")
                     self._close()
-            if self._device == "cpu":
+            if self._utilisation_of == "cpu":
                 busy = self._cpu_percent()
             self._samples.append(EnergySample(now - self._began, watts, busy))
 
@@ -304,6 +309,8 @@ class EnergyMeter:
         self._cpu_percent()  # the first call only sets the start of its window
         self._began = self._clock()
         self._source = self._open()
+        if self._source is not None and self._source.method == "nvml":
+            self._utilisation_of = "gpu"
         if self._interval is not None:
             self._thread = threading.Thread(target=self._run, args=(self._interval,), daemon=True)
             self._thread.start()
@@ -344,7 +351,7 @@ class EnergyMeter:
             joules=joules,
             mean_watts=joules / seconds if joules is not None and seconds > 0 else None,
             utilisation_percent=sum(busy) / len(busy) if busy else None,
-            utilisation_of="gpu" if self._device == "cuda" else "cpu",
+            utilisation_of=self._utilisation_of,
             samples=tuple(self._samples),
             notes=tuple(notes),
         )

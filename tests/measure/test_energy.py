@@ -177,6 +177,8 @@ def test_gpu_never_falls_back_to_the_cpu_counter(tmp_path: Path) -> None:
         clock.now += 1.0
     assert running.result.method == "none"
     assert any("GPU is lost" in note for note in running.result.notes)
+    assert broken.open == 0, "NVML is shut down again"
+    assert running.result.utilisation_of == "cpu" and running.result.utilisation_percent == 50.0
 
 
 def test_thread_samples_and_stops_when_the_block_fails(tmp_path: Path) -> None:
