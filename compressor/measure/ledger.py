@@ -45,6 +45,19 @@ def cost_usd_per_mtok(
     return sum(lines.values()) / (tokens_per_second * 3600.0 / 1e6) / prices.utilisation
 
 
+def list_cost_usd_per_mtok(
+    *,
+    prompt_tokens: int,
+    output_tokens: int,
+    usd_per_mtok_input: float | None,
+    usd_per_mtok_output: float | None,
+) -> float:
+    """USD per million output tokens of a provider who is paid by the token, the input that came
+    with them included; a price that is None counts as 0."""
+    paid = prompt_tokens * (usd_per_mtok_input or 0) + output_tokens * (usd_per_mtok_output or 0)
+    return paid / output_tokens
+
+
 def cost_interval(prices: PriceScenario, rate: Interval, *, artifact_bytes: int) -> Interval:
     """Cost [USD/Mtok] from a rate's interval [tok/s]: the fast end is the cheap end."""
 

@@ -1,4 +1,4 @@
-"""From raw samples to the performance rows of the report; nothing here touches a clock."""
+"""From raw request samples to the figures of the report; nothing here touches a clock."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressor.measure import ledger, metrics
+from compressor.measure import energy, ledger, metrics, scenarios, steady
 from compressor.measure.engines.base import RequestSample
-from compressor.measure.prices import PriceScenario
+from compressor.measure.prices import PriceScenario, price_table, with_watts
 from compressor.measure.samples import read_samples
 
 LEDGER = "ledger.json"
+LIST_PRICES = ("usd_per_mtok_input", "usd_per_mtok_output")
+_MEASURED = ("nvml", "rapl")
 
 
 def performance_row(
@@ -25,32 +27,48 @@ def performance_row(
     baseline_bytes: int,
     seed: int,
     goal: metrics.Goal,
+    loads: Sequence[Mapping[str, Any]] = (),
+    list_price: Mapping[str, float | None] | None = None,
+    baseline_cost: float | None = None,
 ) -> dict[str, Any]:
-    """One variant at one concurrency, against the baseline at the same concurrency.
+    """One variant at one point of the sweep, against the baseline at the same point.
 
     All costs rest on goodput: output tokens of the requests inside the goal (all, without goals)
     per second of the whole window, prefill included. When no request met the goal the costs and
     the ratio are None.
+
+    Args:
+        loads: of this point; the energy, where it was measured.
+        list_price: of a provider who is paid by the token; the cost is that, input included.
+        baseline_cost: of the baseline at this point, for the ratio of list prices.
     """
     raw = metrics.throughput_interval(samples, seed=seed)
     good = metrics.throughput_interval(samples, seed=seed, goal=goal)
     baseline_good = metrics.throughput(baseline, goal)
+    prompt_tokens = sum(sample.prompt_tokens for sample in samples if not sample.error)
+    output_tokens = sum(sample.output_tokens for sample in samples if not sample.error)
+    used = _energy(loads, prices, output_tokens)
+    if used and used["method"] in _MEASURED and not prices.energy_included:
+        prices = with_watts(prices, used["mean_watts"], used["method"])
     row: dict[str, Any] = {
         "concurrency": samples[0].concurrency,
+        "rate_per_s": samples[0].rate_per_s,
         "engine": engine["engine"],
         "kernel": engine["kernel"],
         "dtype": engine["dtype"],
         "requests": len(samples),
         "rounds": len(metrics.by_round(samples)),
         "window_seconds": metrics.window_seconds(samples),
-        "prompt_tokens": sum(sample.prompt_tokens for sample in samples),
-        "output_tokens": sum(sample.output_tokens for sample in samples),
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
         "throughput_tok_s": raw.to_dict(),
         "goodput_tok_s": good.to_dict(),
         "goal_met_share": sum(map(goal.met, samples)) / len(samples),
         "prefill_tok_s": metrics.prefill_rate(samples),
         "decode_tok_s": metrics.decode_rate(samples),
-        **metrics.latency_figures(samples),
+        **metrics.serving_figures(samples),
+        "steady": _steady(samples),
+        "energy": used,
         "speedup": None,
         "cost_usd_per_mtok_output": None,
         "cost_usd_per_mtok_prefill": None,
@@ -58,18 +76,13 @@ def performance_row(
         "cost_ratio": None,
         "components_usd_per_hour": ledger.components_usd_per_hour(
             prices, tokens_per_second=good.value, artifact_bytes=artifact_bytes
-        ),
+        )
+        if list_price is None
+        else {},
     }
     if good.value <= 0:
         return row
-    row["cost_usd_per_mtok_output"] = ledger.cost_interval(
-        prices, good, artifact_bytes=artifact_bytes
-    ).to_dict()
-    for name in ("prefill", "decode"):
-        if (rate := row[f"{name}_tok_s"]) is not None:
-            row[f"cost_usd_per_mtok_{name}"] = ledger.cost_usd_per_mtok(
-                prices, tokens_per_second=rate, artifact_bytes=artifact_bytes
-            )
+    speedup = None
     if baseline_good > 0:
         speedup = (
             metrics.Interval(1.0, None, None)
@@ -77,6 +90,24 @@ def performance_row(
             else metrics.speedup_interval(baseline, samples, seed=seed, goal=goal)
         )
         row["speedup"] = speedup.to_dict()
+    if list_price is not None:
+        cost = ledger.list_cost_usd_per_mtok(
+            prompt_tokens=prompt_tokens, output_tokens=output_tokens, **list_price
+        )
+        row["cost_usd_per_mtok_output"] = metrics.Interval(cost, None, None).to_dict()
+        if baseline_cost:
+            ratio = baseline_cost / cost if cost else None
+            row["cost_ratio"] = ratio and metrics.Interval(ratio, None, None).to_dict()
+        return row
+    row["cost_usd_per_mtok_output"] = ledger.cost_interval(
+        prices, good, artifact_bytes=artifact_bytes
+    ).to_dict()
+    for name in ("prefill", "decode"):
+        if rate := row[f"{name}_tok_s"]:
+            row[f"cost_usd_per_mtok_{name}"] = ledger.cost_usd_per_mtok(
+                prices, tokens_per_second=rate, artifact_bytes=artifact_bytes
+            )
+    if speedup is not None:
         row["cost_ratio"] = ledger.cost_ratio(
             prices,
             baseline_rate=baseline_good,
@@ -88,53 +119,162 @@ def performance_row(
     return row
 
 
-def performance(
-    samples: Mapping[str, Sequence[RequestSample]],
-    *,
-    baseline: str,
-    engines: Mapping[str, Mapping[str, Any]],
-    prices: PriceScenario,
-    artifact_bytes: Mapping[str, int],
-    seed: int,
-    goal: metrics.Goal,
-) -> dict[str, list[dict[str, Any]]]:
-    """Rows by variant name, one per concurrency in rising order."""
-    groups: dict[str, dict[int, list[RequestSample]]] = {}
-    for name, rows in samples.items():
-        groups[name] = {}
-        for sample in rows:
-            groups[name].setdefault(sample.concurrency, []).append(sample)
+def _steady(samples: Sequence[RequestSample]) -> dict[str, Any]:
+    """In how many rounds the load came to a steady state, and why not in the others."""
+    windows = [steady.steady_window(group) for group in metrics.by_round(samples).values()]
+    reasons = {window.reason for window in windows if not window.steady}
     return {
-        name: [
-            performance_row(
-                group,
-                groups[baseline][concurrency],
-                engine=engines[name],
-                prices=prices,
-                artifact_bytes=artifact_bytes.get(name, 0),
-                baseline_bytes=artifact_bytes.get(baseline, 0),
-                seed=seed,
-                goal=goal,
-            )
-            for concurrency, group in sorted(by_concurrency.items())
-        ]
-        for name, by_concurrency in groups.items()
+        "rounds": sum(window.steady for window in windows),
+        "of": len(windows),
+        "reasons": sorted(reasons),
     }
 
 
-def recompute(directory: Path) -> dict[str, list[dict[str, Any]]]:
-    """The performance rows again, from nothing but the files that a measurement left.
+def _energy(
+    loads: Sequence[Mapping[str, Any]], prices: PriceScenario, output_tokens: int
+) -> dict[str, Any] | None:
+    """Joules and grams per output token over the loads of a point; None where not known."""
+    readings = [load["energy"] for load in loads if load.get("energy")]
+    methods = {reading["method"] for reading in readings}
+    if len(methods) != 1 or "none" in methods or not output_tokens:
+        return None
+    joules = sum(reading["joules"] for reading in readings)
+    seconds = sum(reading["seconds"] for reading in readings)
+    grid = prices.grid_gco2e_per_kwh
+    busy = [r["utilisation_percent"] for r in readings if r["utilisation_percent"] is not None]
+    return {
+        "method": methods.pop(),
+        "joules": joules,
+        "mean_watts": joules / seconds,
+        "joules_per_output_token": energy.joules_per_token(joules, output_tokens, pue=prices.pue),
+        "gco2e_per_output_token": None
+        if grid is None
+        else energy.gco2e_per_token(joules, output_tokens, grid_gco2e_per_kwh=grid, pue=prices.pue),
+        "utilisation_percent": sum(busy) / len(busy) if busy else None,
+        "utilisation_of": readings[0]["utilisation_of"],
+    }
 
-    `directory` holds ``ledger.json`` and ``samples/``. The rows equal
-    ``performance`` in ``ledger.json`` exactly, or something was altered.
+
+Key = tuple[int, float | None]  # concurrency, arrivals per second
+
+
+def _key(row: Any) -> Key:
+    if isinstance(row, Mapping):
+        return row["concurrency"], row["rate_per_s"]
+    return row.concurrency, row.rate_per_s
+
+
+def _order(key: Key) -> tuple[bool, float]:
+    """Closed loops first, each kind rising."""
+    return key[1] is not None, key[1] or key[0]
+
+
+def figures(
+    record: Mapping[str, Any], samples: Mapping[str, Sequence[RequestSample]]
+) -> dict[str, Any]:
+    """``performance`` and ``economics`` of a measurement.
+
+    Args:
+        record: content of ``ledger.json``, without these two.
+        samples: by variant.
+
+    Returns:
+        ``performance``: rows by variant, one per point of the sweep, closed loops first;
+        ``economics``: see `economics`.
+    """
+    prices = PriceScenario.from_dict(record["prices"])
+    seed, goal = record["workload"]["seed"], metrics.Goal(**record["workload"]["goal"])
+    groups: dict[str, dict[Key, list[RequestSample]]] = {}
+    for name, rows in samples.items():
+        groups[name] = {}
+        for sample in rows:
+            groups[name].setdefault(_key(sample), []).append(sample)
+    loads: dict[tuple[str, Key], list[Mapping[str, Any]]] = {}
+    for load in record["loads"]:
+        loads.setdefault((load["variant"], _key(load)), []).append(load)
+    first = record["baseline"]
+    performance: dict[str, list[dict[str, Any]]] = {}
+    costs: dict[Key, float] = {}
+    for name in [first, *(name for name in groups if name != first)]:
+        performance[name] = []
+        for key, group in sorted(groups[name].items(), key=lambda item: _order(item[0])):
+            row = performance_row(
+                group,
+                groups[first][key],
+                engine=record["engines"][name],
+                prices=prices,
+                artifact_bytes=record["artifact_bytes"].get(name, 0),
+                baseline_bytes=record["artifact_bytes"].get(first, 0),
+                seed=seed,
+                goal=goal,
+                loads=loads.get((name, key), ()),
+                list_price=record["list_prices"].get(name),
+                baseline_cost=costs.get(key),
+            )
+            performance[name].append(row)
+            if name == first and row["cost_usd_per_mtok_output"]:
+                costs[key] = row["cost_usd_per_mtok_output"]["value"]
+    return {"performance": performance, "economics": economics(record, performance)}
+
+
+def economics(
+    record: Mapping[str, Any], performance: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """What the costs depend on, at the point where the baseline is cheapest.
+
+    By variant: ``concurrency`` and ``rate_per_s`` of the point, ``scenarios`` (cost under each plan
+    known for the device), ``sensitivity`` (which assumption moves the cost most), ``utilisation``
+    (cost by share of paid hours in use). Empty for list prices, which hide all of it.
+    """
+    if record["list_prices"]:
+        return {}
+    rows = [
+        row for row in performance[record["baseline"]] if row["cost_usd_per_mtok_output"] is not None
+    ]
+    if not rows:
+        return {}
+    point = _key(min(rows, key=lambda row: row["cost_usd_per_mtok_output"]["value"]))
+    prices, basis = PriceScenario.from_dict(record["prices"]), record["price_basis"]
+    found = {}
+    for name, own in performance.items():
+        row = next((row for row in own if _key(row) == point), None)
+        if row is None or row["goodput_tok_s"]["value"] <= 0:
+            continue
+        rate = metrics.Interval(**row["goodput_tok_s"])
+        size = record["artifact_bytes"].get(name, 0)
+        scenario = prices
+        used = row["energy"]
+        if used and used["method"] in _MEASURED and not prices.energy_included:
+            scenario = with_watts(prices, used["mean_watts"], used["method"])
+        with price_table(basis["table"] if basis["table"]["rows"] else None):
+            table = scenarios.scenario_table(
+                rate,
+                artifact_bytes=size,
+                overrides=basis["overrides"],
+                gpu_name=basis["gpu_name"],
+                cpu_count=basis["cpu_count"],
+            )
+        found[name] = {
+            "concurrency": point[0],
+            "rate_per_s": point[1],
+            "scenarios": table.to_dict(),
+            "sensitivity": scenarios.sensitivity(scenario, rate, artifact_bytes=size).to_dict(),
+            "utilisation": [
+                share.to_dict()
+                for share in scenarios.utilisation_table(scenario, rate, artifact_bytes=size)
+            ],
+        }
+    return found
+
+
+def recompute(directory: Path) -> dict[str, Any]:
+    """`figures` again, from nothing but the files that a measurement left.
+
+    `directory` holds ``ledger.json`` and ``samples/``. They equal what ``ledger.json`` says
+    exactly, or something was altered.
     """
     record = json.loads((directory / LEDGER).read_text(encoding="utf-8"))
-    return performance(
-        {name: read_samples(directory / row["path"]) for name, row in record["samples"].items()},
-        baseline=record["baseline"],
-        engines=record["engines"],
-        prices=PriceScenario.from_dict(record["prices"]),
-        artifact_bytes=record["artifact_bytes"],
-        seed=record["workload"]["seed"],
-        goal=metrics.Goal(**record["workload"]["goal"]),
-    )
+    samples = {
+        name: read_samples(directory / row["path"]) for name, row in record["samples"].items()
+    }
+    return json.loads(json.dumps(figures(record, samples)))

@@ -3,48 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
-import math
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from urllib.parse import quote
 
 import psutil
 import torch
-from torch import nn
 
-from compressor.errors import CompressorError, RecipeError, RunError
 from compressor.measure import metrics, points
-from compressor.measure.engines.base import Engine, RequestSample
-from compressor.measure.engines.transformers import (
-    CacheKind,
-    Loader,
-    TransformersEngine,
-)
+from compressor.measure.energy import EnergyMeter
+from compressor.measure.engines.base import RequestSample, ServedEngine
+from compressor.measure.fleet import FAILURES, Candidates, Fleet
+from compressor.measure.load import LoadResult, closed_loop, open_loop, run_load
 from compressor.measure.prices import price_basis, resolve_prices
 from compressor.measure.samples import write_samples
-from compressor.measure.workload import (
-    PROMPTS,
-    Workload,
-    build_workload,
-    tokenizer_encode,
-    write_prompts,
-)
+from compressor.measure.settings import MeasureSettings, Point
+from compressor.measure.workload import PROMPTS, Workload, write_prompts
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-_FAILURES = (CompressorError, RuntimeError, ValueError, TypeError, OSError, KeyError)
-_WARM_UP_TOKENS = 4
-_RESERVE_BYTES = 1 << 30
+LOGS = "logs"
+_CLOCK_DIGITS = 7
 
 
 class _Task(Protocol):
@@ -59,179 +40,6 @@ class ProgressReporter(Protocol):
         """Open a task of `total` steps."""
 
 
-@dataclass(frozen=True)
-class MeasureSettings:
-    """The declared load.
-
-    Attributes:
-        input_length, output_length: tokens of every request.
-        concurrency: points of the sweep; a batch of that many requests starts together.
-        requests: requests per point and variant over all rounds; rounded up to full batches in
-            each round.
-        rounds: how often the variants take turns; the confidence intervals rest on rounds.
-        dtype: ``auto`` takes the faster of float32 and bfloat16 for each variant.
-        prices: overrides of the price table, see `prices.resolve_prices`.
-        keep_loaded: None keeps all models in memory when they fit, else reloads each round.
-        ttft_ms, tpot_ms: service level objective [ms]; only requests inside it count as goodput.
-    """
-
-    engine: str = "transformers"
-    dtype: str = "auto"
-    input_length: int = 128
-    output_length: int = 64
-    concurrency: tuple[int, ...] = (1, 4)
-    requests: int = 8
-    rounds: int = 5
-    seed: int = 0
-    prompts: str = "prompts"
-    prices: Mapping[str, Any] = field(default_factory=dict)
-    keep_loaded: bool | None = None
-    ttft_ms: float | None = None
-    tpot_ms: float | None = None
-
-    def __post_init__(self) -> None:
-        """Sort the sweep; raise RecipeError for a load that cannot be run."""
-        object.__setattr__(self, "concurrency", tuple(sorted(set(self.concurrency))))
-        counts = (self.input_length, self.output_length, self.requests, self.rounds)
-        if min(counts) < 1 or not self.concurrency or min(self.concurrency) < 1:
-            raise RecipeError(
-                "lengths, requests, rounds and concurrency must all be at least 1",
-                where="measure.workload",
-                fix="for example input_length: 128, output_length: 64, concurrency: [1, 4]",
-            )
-        if self.output_length < 2:
-            raise RecipeError(
-                "output_length must be at least 2, else there is no time per output token",
-                where="measure.workload.output_length",
-                fix="for example 64",
-            )
-        if self.engine != "transformers":
-            raise RecipeError(
-                f"engine {self.engine!r} is not known",
-                where="measure.engine",
-                fix="use transformers",
-            )
-        if self.dtype != "auto" and self.dtype not in _DTYPES:
-            raise RecipeError(
-                f"dtype {self.dtype!r} is not known",
-                where="measure.dtype",
-                fix=f"use auto, {', '.join(_DTYPES)}",
-            )
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> MeasureSettings:
-        """Settings from the recipe's ``measure`` section as a plain dict; absent keys default.
-
-        ``workload.slo`` may hold ``ttft_ms`` and ``tpot_ms``.
-        """
-        load = dict(config.get("workload") or {})
-        load |= {key: config[key] for key in ("engine", "dtype") if key in config}
-        load |= load.pop("slo", None) or {}
-        names = {item.name for item in dataclasses.fields(cls)}
-        values = {key: value for key, value in load.items() if key in names and value is not None}
-        if "concurrency" in values:
-            values["concurrency"] = tuple(values["concurrency"])
-        return cls(**values, prices=dict(config.get("prices") or {}))
-
-    def served(self, concurrency: int) -> int:
-        """Requests that one variant really serves at a point of the sweep."""
-        return self.batches(concurrency) * concurrency * self.rounds
-
-    def batches(self, concurrency: int) -> int:
-        """Batches per round at one point of the sweep."""
-        return math.ceil(self.requests / (self.rounds * concurrency))
-
-    @property
-    def goal(self) -> metrics.Goal:
-        """The service level objective."""
-        return metrics.Goal(self.ttft_ms, self.tpot_ms)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What was tried for a variant before measuring, and what won.
-
-    `tokens_per_second` holds ``"<dtype>/<cache>" -> tok/s`` of whole requests, `failed` the reason
-    for what did not run.
-    """
-
-    dtype: str
-    cache: CacheKind
-    tokens_per_second: dict[str, float]
-    failed: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return dataclasses.asdict(self)
-
-
-def probe_variant(
-    loader: Loader,
-    workload: Workload,
-    settings: MeasureSettings,
-    caches: Sequence[CacheKind],
-) -> tuple[Probe, nn.Module]:
-    """Try a variant in each dtype and kind of cache; returns the fastest and a model in that dtype.
-
-    Every variant, the baseline first of all, is thus measured at its best. Each is tried at the
-    first point of the sweep with at most 16 output tokens, median of three after a warm-up.
-    Raises the last error when nothing ran.
-    """
-    prompts = workload.batch(0, settings.concurrency[0])
-    output_length = min(16, settings.output_length)
-    names = ("float32", "bfloat16") if settings.dtype == "auto" else (settings.dtype,)
-    rates: dict[str, float] = {}
-    failed: dict[str, str] = {}
-    last_error: Exception | None = None
-    loaded: tuple[str, nn.Module] | None = None
-    for name in names:
-        loaded = None  # before the next model is loaded
-        try:
-            model = loader(_DTYPES[name])
-        except _FAILURES as error:
-            failed[name], last_error = str(error), error
-            continue
-        loaded = (name, model)
-        for cache in caches:
-            engine = TransformersEngine(_ready(model), cache=cache)
-            engine.start()
-            try:
-                rates[f"{name}/{cache}"] = _rate(engine, prompts, output_length)
-            except _FAILURES as error:
-                failed[f"{name}/{cache}"], last_error = str(error), error
-            engine.stop()
-        del model, engine
-    if not rates:
-        assert last_error is not None
-        raise last_error
-    dtype, best = max(rates, key=lambda key: rates[key]).split("/")
-    if loaded is None or loaded[0] != dtype:
-        loaded = None
-        gc.collect()
-        loaded = (dtype, loader(_DTYPES[dtype]))
-    kind: CacheKind = "static" if best == "static" else "dynamic"
-    return Probe(dtype, kind, rates, failed), loaded[1]
-
-
-def _rate(engine: Engine, prompts: list[list[int]], output_length: int) -> float:
-    engine.generate(prompts, min(_WARM_UP_TOKENS, output_length))
-    return statistics.median(
-        metrics.throughput(engine.generate(prompts, output_length)) for _ in range(3)
-    )
-
-
-def _ready(model: nn.Module, again: Loader | None = None) -> Loader:
-    """A loader that hands out `model`: each time, or once and then what `again` loads."""
-    spare = [model]
-
-    def load(dtype: torch.dtype) -> nn.Module:
-        if again is None:
-            return spare[0]
-        return spare.pop() if spare else again(dtype)
-
-    return load
-
-
 class _Silent:
     def advance(self, n: int, /) -> None:
         """Nothing is shown."""
@@ -243,154 +51,78 @@ def _task(
     return progress.task(description, total) if progress else nullcontext(_Silent())
 
 
-def _fits(largest_bytes: int) -> bool:
-    """Whether another model as large as the largest so far fits beside those in memory.
-
-    Twice its size is asked for: loading holds the checkpoint and the converted weights.
-    """
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] > 2 * largest_bytes + _RESERVE_BYTES
-    return psutil.virtual_memory().available > 2 * largest_bytes + _RESERVE_BYTES
-
-
-def _warm_up(engine: Engine, workload: Workload, concurrency: Sequence[int]) -> None:
-    """Requests that leave no sample: memory pools, thread pools and lazy packing get ready."""
-    for size in concurrency:
-        engine.generate(workload.batch(0, size), _WARM_UP_TOKENS)
-
-
-def _measure_point(
-    engine: Engine,
-    workload: Workload,
-    settings: MeasureSettings,
-    *,
-    concurrency: int,
-    round_index: int,
-    variant: str,
-    origin: float,
-) -> list[RequestSample]:
-    """All batches of one variant at one concurrency in one round, times relative to `origin`."""
-    rows: list[RequestSample] = []
-    batches = settings.batches(concurrency)
-    for batch in range(batches):
-        first = (round_index * batches + batch) * concurrency
-        prompts = workload.batch(first, concurrency)
-        for index, sample in enumerate(engine.generate(prompts, settings.output_length)):
-            rows.append(
-                dataclasses.replace(
-                    sample,
-                    request_id=f"{variant}/c{concurrency}/r{round_index}/b{batch}/{index}",
-                    start_s=round(sample.start_s - origin, 7),
-                    first_token_s=round(sample.first_token_s - origin, 7),
-                    token_times_s=tuple(round(t - origin, 7) for t in sample.token_times_s),
-                    concurrency=concurrency,
-                    round=round_index,
-                    variant=variant,
-                )
-            )
-    return rows
-
-
-class _Fleet:
-    """The engines of all variants: all started when they fit, else one at a time."""
-
-    def __init__(
-        self,
-        loaders: Mapping[str, Loader],
-        workload: Workload,
-        settings: MeasureSettings,
-    ) -> None:
-        self.baseline = next(iter(loaders))
-        self.errors: dict[str, str] = {}
-        self.metadata: dict[str, dict[str, Any]] = {}
-        self.probes: dict[str, Probe] = {}
-        self.keep = settings.keep_loaded is not False
-        self._loaders, self._workload, self._settings = (
-            dict(loaders),
-            workload,
-            settings,
+def _load(
+    engine: ServedEngine, workload: Workload, settings: MeasureSettings, point: Point, turn: int
+) -> LoadResult:
+    """One variant at one point in one round; every variant gets the same prompts."""
+    count = settings.per_round(point)
+    common: dict[str, Any] = {
+        "output_lengths": settings.output_length,
+        "requests": count,
+        "ignore_eos": settings.ignore_eos,
+        "first": turn * count,
+    }
+    rate = point.rate_per_s
+    if rate is None:
+        return run_load(
+            engine.client,
+            lambda client: closed_loop(
+                client, workload.tokens, concurrency=point.concurrency, **common
+            ),
         )
-        self._engines: dict[str, Engine] = {}
-        self._started: set[str] = set()
+    return run_load(
+        engine.client,
+        lambda client: open_loop(
+            client,
+            workload.tokens,
+            rate_per_s=rate,
+            arrival=settings.arrival,
+            seed=settings.seed + turn,
+            **common,
+        ),
+    )
 
-    def prepare(self, name: str) -> None:
-        """Probe a variant and start it; falls back to one at a time when memory is short."""
-        if self.keep and self._settings.keep_loaded is None and self.metadata:
-            self.keep = _fits(max(facts["model_bytes"] for facts in self.metadata.values()))
-        if not self.keep:
-            self.stop_all()
-        caches: tuple[CacheKind, ...] = ("dynamic", "static")
-        if name != self.baseline:
-            caches = (self.probes[self.baseline].cache,)
-        loader = self._loaders[name]
-        try:
-            probe, model = probe_variant(loader, self._workload, self._settings, caches)
-        except _FAILURES as error:
-            self.fail(name, error)
-            return
-        self.probes[name] = probe
-        self._engines[name] = TransformersEngine(
-            _ready(model, again=loader), dtype=_DTYPES[probe.dtype], cache=probe.cache
-        )
-        del model
-        self.use(name)
 
-    def use(self, name: str) -> Engine | None:
-        """The started engine; None (and the reason in `errors`) when it cannot serve."""
-        if name in self.errors:
-            return None
-        engine = self._engines[name]
-        if name not in self._started:
-            if not self.keep:
-                self.stop_all()
-            try:
-                engine.start()
-                self._started.add(name)
-                self.metadata.setdefault(name, engine.metadata())
-                _warm_up(engine, self._workload, self._settings.concurrency)
-            except _FAILURES as error:
-                self.fail(name, error)
-                return None
-        return engine
+def _placed(
+    sample: RequestSample, *, variant: str, point: Point, turn: int, origin: float
+) -> RequestSample:
+    """A sample under its place in the run, times relative to `origin`."""
 
-    def fail(self, name: str, error: Exception) -> None:
-        """Take a variant out of the measurement; without the baseline there is none."""
-        if name in self._engines:
-            self._engines[name].stop()
-        self._started.discard(name)
-        if name == self.baseline:
-            raise RunError(
-                f"the baseline cannot be measured: {error}",
-                where=f"measure, variant {name}",
-                fix="check that the model generates in transformers on this device",
-            ) from error
-        self.errors[name] = str(error) or type(error).__name__
+    def moved(moment: float) -> float:
+        return round(moment - origin, _CLOCK_DIGITS)
 
-    def stop_all(self) -> None:
-        """Free every model."""
-        for name in self._started:
-            self._engines[name].stop()
-        self._started.clear()
+    due = sample.scheduled_s
+    return dataclasses.replace(
+        sample,
+        request_id=f"{variant}/{point.name}/r{turn}/{sample.request_id}",
+        start_s=moved(sample.start_s),
+        first_token_s=moved(sample.first_token_s),
+        token_times_s=tuple(moved(moment) for moment in sample.token_times_s),
+        scheduled_s=None if due is None else moved(due),
+        concurrency=point.concurrency,
+        rate_per_s=point.rate_per_s,
+        round=turn,
+        variant=variant,
+    )
 
 
 def _schedule(
     names: Sequence[str], settings: MeasureSettings, keep: bool
-) -> list[tuple[int, str, int]]:
-    """(round, variant, concurrency) in order: the variants take turns as closely as memory allows.
+) -> list[tuple[int, str, Point]]:
+    """(round, variant, point) in order: the variants take turns as closely as memory allows.
 
     All loaded: A B C at each point of each round. Reloading: each variant serves its whole sweep of
     the round before the next is loaded.
     """
-    rounds, sweep = range(settings.rounds), settings.concurrency
+    rounds, sweep = range(settings.rounds), settings.points
     if keep:
-        return [(turn, name, size) for turn in rounds for size in sweep for name in names]
-    return [(turn, name, size) for turn in rounds for name in names for size in sweep]
+        return [(turn, name, point) for turn in rounds for point in sweep for name in names]
+    return [(turn, name, point) for turn in rounds for name in names for point in sweep]
 
 
 def measure(
-    variants: Mapping[str, Loader],
-    tokenizer: Any,
-    prompts: Sequence[str],
+    variants: Mapping[str, Candidates],
+    workload: Workload,
     settings: MeasureSettings,
     out_dir: Path,
     progress: ProgressReporter | None = None,
@@ -400,37 +132,30 @@ def measure(
     """Measure the variants; the first one is the baseline.
 
     Args:
-        variants: name -> ``loader(dtype)`` of the ready model in evaluation mode, in order. With
-            dtype ``auto`` each variant runs in the dtype that serves it fastest (`probe_variant`).
-        tokenizer: Hugging Face tokenizer that all variants share.
-        prompts: texts of the workload (raw text, no chat template).
+        variants: name -> what it could be served by (`fleet.in_process` and the like), in order.
+            With several candidates each variant runs in the one that serves it fastest.
+        workload: prompts that all of them get.
         out_dir: gets ``samples/<variant>.jsonl.gz``, ``prompts.jsonl.gz`` and ``ledger.json``.
         artifact_bytes: size on disk by variant, for the storage line [bytes].
 
     Returns the JSON-ready content of ``ledger.json``: ``baseline``, ``performance`` {variant: [row
-    per concurrency]}, ``workload``, ``prompts`` (path, sha256, prompt_sha256 of each), ``prices``,
-    ``price_basis``, ``engines`` {variant: facts}, ``samples`` {variant: path, sha256, requests},
-    ``probes`` {variant: what was tried}, ``errors`` {variant: message of
-    those that failed}, ``artifact_bytes``, ``seconds``, ``notes``.
+    per point]}, ``workload``, ``prompts`` (path, sha256, prompt_sha256 of each), ``prices``,
+    ``price_basis``, ``list_prices`` {variant: of an address that is paid by the token},
+    ``economics`` {variant: scenarios, sensitivity, ... at one point}, ``engines`` {variant: facts},
+    ``samples`` {variant: path, sha256, requests}, ``loads`` (what each load took: generator's
+    share of a CPU, lateness, energy), ``probes`` {variant: what was tried}, ``errors`` {variant:
+    message of those that failed}, ``artifact_bytes``, ``seconds``, ``notes``.
 
-    Raises RunError when the baseline fails, RecipeError when the prompts hold no text or the prices
-    cannot be used.
+    Raises RunError when the baseline fails, RecipeError when the prices cannot be used.
     """
     began = time.perf_counter()
     baseline = next(iter(variants))
     gpu_name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     prices = resolve_prices(settings.prices, gpu_name=gpu_name, cpu_count=available_cpus())
-    needed = max(settings.served(size) for size in settings.concurrency)
-    workload = build_workload(
-        prompts,
-        tokenizer_encode(tokenizer),
-        input_length=settings.input_length,
-        count=min(needed, max(len(prompts), *settings.concurrency)),
-        seed=settings.seed,
-        source=settings.prompts,
-    )
-    fleet = _Fleet(variants, workload, settings)
+    fleet = Fleet(variants, workload, settings)
     samples: dict[str, list[RequestSample]] = {name: [] for name in variants}
+    loads: list[dict[str, Any]] = []
+    device: Literal["cuda", "cpu"] = "cuda" if gpu_name else "cpu"
     try:
         with _task(progress, "prepare measurement", len(variants)) as task:
             for name in variants:
@@ -439,71 +164,92 @@ def measure(
         schedule = _schedule(list(variants), settings, fleet.keep)
         origin = time.perf_counter()
         with _task(progress, "measure", len(schedule)) as task:
-            for turn, name, size in schedule:
+            for turn, name, point in schedule:
                 engine = fleet.use(name)
                 if engine is not None:
                     try:
-                        samples[name] += _measure_point(
-                            engine,
-                            workload,
-                            settings,
-                            concurrency=size,
-                            round_index=turn,
-                            variant=name,
-                            origin=origin,
-                        )
-                    except _FAILURES as error:
+                        with EnergyMeter(device=device, declared_watts=prices.watts) as meter:
+                            result = _load(engine, workload, settings, point, turn)
+                    except FAILURES as error:
                         fleet.fail(name, error)
+                    else:
+                        place = {"variant": name, "point": point, "turn": turn, "origin": origin}
+                        samples[name] += [_placed(row, **place) for row in result.samples]
+                        loads.append(
+                            _load_facts(result, settings, name, point, turn)
+                            | {"energy": meter.result.to_dict()}
+                        )
+                        fleet.check(name, result)
                 task.advance(1)
     finally:
         fleet.stop_all()
 
     for name in fleet.errors:
         del samples[name]
+    loads = [load for load in loads if load["variant"] in samples]
     sizes = {name: int(size) for name, size in (artifact_bytes or {}).items() if name in samples}
     files = {}
     for name, rows in samples.items():
         path = Path("samples") / f"{quote(name, safe='')}.jsonl.gz"  # a name is no path
         digest = write_samples(Path(out_dir) / path, rows)
         files[name] = {"path": path.as_posix(), "sha256": digest, "requests": len(rows)}
-    engines = {name: fleet.metadata[name] for name in samples}
-    result: dict[str, Any] = {
+    result_: dict[str, Any] = {
         "baseline": baseline,
-        "performance": points.performance(
-            samples,
-            baseline=baseline,
-            engines=engines,
-            prices=prices,
-            artifact_bytes=sizes,
-            seed=settings.seed,
-            goal=settings.goal,
-        ),
+        "performance": {},
         "workload": {
-            "engine": settings.engine,
             **workload.describe(),
+            "engine": settings.engine,
+            "batching": settings.batching if settings.engine == "transformers" else None,
             "output_length": settings.output_length,
+            "ignore_eos": settings.ignore_eos,
             "concurrency": list(settings.concurrency),
-            "requests": {str(size): settings.served(size) for size in settings.concurrency},
+            "rate_per_s": list(settings.rate_per_s),
+            "arrival": settings.arrival if settings.rate_per_s else None,
+            "requests": {point.name: settings.served(point) for point in settings.points},
             "rounds": settings.rounds,
             "seed": settings.seed,
-            "goal": {"ttft_ms": settings.ttft_ms, "tpot_ms": settings.tpot_ms},
+            "goal": dataclasses.asdict(settings.goal),
             "interleaved": "every point of every round" if fleet.keep else "every round",
             "confidence": metrics.CONFIDENCE,
         },
-        "prompts": write_prompts(Path(out_dir) / PROMPTS, workload.tokens.tolist()),
+        "prompts": write_prompts(Path(out_dir) / PROMPTS, workload.tokens),
         "prices": prices.to_dict(),
-        "price_basis": price_basis(prices, gpu_name=gpu_name, cpu_count=available_cpus()),
-        "engines": engines,
+        "price_basis": price_basis(prices, gpu_name=gpu_name, cpu_count=available_cpus())
+        | {"overrides": dict(settings.prices)},
+        "list_prices": {
+            name: {key: one.get(key) for key in points.LIST_PRICES}
+            for name, one in settings.endpoints.items()
+            if name in samples
+        },
+        "engines": {name: fleet.metadata[name] for name in samples},
         "samples": files,
+        "loads": loads,
         "probes": {name: probe.to_dict() for name, probe in fleet.probes.items()},
         "errors": fleet.errors,
         "artifact_bytes": sizes,
         "seconds": time.perf_counter() - began,
         "notes": _notes(settings, fleet),
     }
+    result_ |= points.figures(result_, samples)
     target = Path(out_dir) / points.LEDGER
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return result
+    target.write_text(json.dumps(result_, indent=1) + "\n", encoding="utf-8")
+    return result_
+
+
+def _load_facts(
+    result: LoadResult, settings: MeasureSettings, variant: str, point: Point, turn: int
+) -> dict[str, Any]:
+    """What is kept of a load beside its samples."""
+    own = settings.engine != "transformers"  # else the model computes in this process
+    return {
+        "variant": variant,
+        "concurrency": point.concurrency,
+        "rate_per_s": point.rate_per_s,
+        "round": turn,
+        "wall_s": result.wall_s,
+        "generator_cpu_s": result.cpu_s if own else None,
+        "generator_max_lateness_s": result.max_lateness_s,
+    }
 
 
 def available_cpus() -> int:
@@ -512,20 +258,37 @@ def available_cpus() -> int:
     return len(affinity()) if affinity else psutil.cpu_count() or 1
 
 
-def _notes(settings: MeasureSettings, fleet: _Fleet) -> list[str]:
+def _notes(settings: MeasureSettings, fleet: Fleet) -> list[str]:
     probe = fleet.probes[fleet.baseline]
-    tried = ", ".join(f"{key} {rate:.1f} tok/s" for key, rate in probe.tokens_per_second.items())
-    notes = [
-        f"The baseline runs in {probe.dtype} with a {probe.cache} key-value cache, its fastest of "
-        f"those tried ({tried}); all variants use the same kind of cache"
-        + (", each in its own fastest data type." if settings.dtype == "auto" else "."),
-        f"Each request: {settings.input_length} prompt tokens, {settings.output_length} greedy "
-        "output tokens, end-of-sequence ignored; a batch of as many requests as the concurrency "
-        "starts together. Warm-up is excluded.",
-    ]
+    notes = []
+    if probe.tokens_per_second:
+        tried = ", ".join(
+            f"{key} {rate:.1f} tok/s" for key, rate in probe.tokens_per_second.items()
+        )
+        notes.append(
+            f"The baseline runs in {probe.dtype}"
+            + (f" with a {probe.cache} key-value cache" if probe.cache else "")
+            + f", its fastest of those tried ({tried}); every other variant in its own fastest."
+        )
+    length = (
+        f"{settings.input_length} prompt tokens"
+        if settings.input_length is not None
+        else "the prompt as it is"
+    )
+    answer = (
+        f"{settings.output_length} greedy output tokens, end-of-sequence ignored"
+        if settings.ignore_eos
+        else f"at most {settings.output_length} greedy output tokens"
+    )
+    loop = (
+        "as many requests as the concurrency are in flight all the time"
+        if settings.concurrency
+        else f"requests arrive at the declared rate ({settings.arrival})"
+    )
+    notes.append(f"Each request: {length}, {answer}; {loop}. Warm-up is excluded.")
     if not fleet.keep:
         notes.append(
-            "The models did not stay in memory together: each was reloaded every round, so the "
+            "The engines did not fit in memory together: each was started anew every round, so the "
             "variants take turns by round only."
         )
     if settings.rounds < 5:

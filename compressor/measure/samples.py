@@ -38,15 +38,12 @@ def read_samples(path: Path) -> list[RequestSample]:
 def request_ids(workload: Mapping[str, Any], variant: str) -> list[str]:
     """The ids of every request that a variant was to serve, from the ledger's ``workload``.
 
-    At each concurrency and in each round: as many batches as bring up the requests of that point.
+    At each point (``c4`` in flight, ``q2.5`` per second) and in each round they are numbered.
     """
-    ids = []
-    for size in workload["concurrency"]:
-        batches = workload["requests"][str(size)] // (size * workload["rounds"])
-        ids += [
-            f"{variant}/c{size}/r{turn}/b{batch}/{index}"
-            for turn in range(workload["rounds"])
-            for batch in range(batches)
-            for index in range(size)
-        ]
-    return ids
+    rounds = workload["rounds"]
+    return [
+        f"{variant}/{point}/r{turn}/{number}"
+        for point, requests in workload["requests"].items()
+        for turn in range(rounds)
+        for number in range(requests // rounds)
+    ]

@@ -28,6 +28,7 @@ class RequestSample:
         scheduled_s: open loop: the moment it was due. Latencies count from here, so that a
             generator or server that falls behind cannot hide it (coordinated omission).
         error: why it failed; empty when it did not.
+        rate_per_s: open loop: declared arrivals per second.
     """
 
     request_id: str
@@ -42,6 +43,7 @@ class RequestSample:
     prompt: int = 0
     scheduled_s: float | None = None
     error: str = ""
+    rate_per_s: float | None = None
 
     @property
     def end_s(self) -> float:
@@ -56,24 +58,6 @@ class RequestSample:
     def from_dict(cls, row: dict[str, Any]) -> RequestSample:
         """The inverse of `to_dict`; raises TypeError on a missing or surplus key."""
         return cls(**(row | {"token_times_s": tuple(row["token_times_s"])}))
-
-
-class Engine(Protocol):
-    """An inference engine under measurement."""
-
-    name: str
-
-    def start(self) -> None:
-        """Load the model; after this `generate` may be called."""
-
-    def stop(self) -> None:
-        """Free the model's memory."""
-
-    def metadata(self) -> dict[str, Any]:
-        """Name, version, flags, kernel and dtype of the started engine."""
-
-    def generate(self, prompts: Sequence[Sequence[int]], output_length: int) -> list[RequestSample]:
-        """Serve all prompts at the same time; exactly `output_length` greedy tokens each."""
 
 
 class Client(Protocol):

@@ -1,0 +1,170 @@
+"""The declared load and engine of a measurement, as the recipe's ``measure`` section has them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from compressor.errors import RecipeError
+from compressor.measure import metrics
+from compressor.measure.load import Arrival
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+ENGINES = ("transformers", "vllm", "llama.cpp", "endpoint")
+Batching = Literal["continuous", "static"]
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """The declared load.
+
+    Attributes:
+        engine: what serves.
+        batching: of the transformers engine.
+        dtype: ``auto`` takes the fastest that the engine offers for each variant.
+        flags, variables: further arguments and environment of a server.
+        program: the server's interpreter or binary; found where it is None.
+        start_timeout_s: how long a server may take to become healthy [s].
+        endpoints: for engine ``endpoint``, by variant: url, model, key_variable, chat and list
+            prices.
+        input_length: tokens of every prompt; None leaves prompts as long as they are.
+        chat_template: wrap every prompt in the model's chat template.
+        output_length: tokens of every answer, or the most with `ignore_eos` false.
+        ignore_eos: go on past the end-of-sequence token, so that all variants do equal work.
+        concurrency: points of the closed loop: requests in flight.
+        rate_per_s: points of the open loop: requests that arrive per second, after `arrival`.
+        requests: requests per point and variant over all rounds; rounded up to as many for every
+            slot in each round.
+        rounds: how often the variants take turns; the confidence intervals rest on rounds.
+        prices: overrides of the price table, see `prices.resolve_prices`.
+        keep_loaded: None keeps all engines in memory when they fit, else starts one at a time.
+        ttft_ms, tpot_ms: service level objective [ms]; only requests inside it count as goodput.
+    """
+
+    engine: str = "transformers"
+    batching: Batching = "continuous"
+    dtype: str = "auto"
+    flags: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+    program: str | None = None
+    start_timeout_s: float = 600.0
+    endpoints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    input_length: int | None = 128
+    chat_template: bool = False
+    output_length: int = 64
+    ignore_eos: bool = True
+    concurrency: tuple[int, ...] = (1, 4)
+    rate_per_s: tuple[float, ...] = ()
+    arrival: Arrival = "poisson"
+    requests: int = 8
+    rounds: int = 5
+    seed: int = 0
+    prompts: str = "prompts"
+    prices: Mapping[str, Any] = field(default_factory=dict)
+    keep_loaded: bool | None = None
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        """Sort the sweep; raise RecipeError for a load that cannot be run."""
+        object.__setattr__(self, "concurrency", tuple(sorted(set(self.concurrency))))
+        object.__setattr__(self, "rate_per_s", tuple(sorted(set(self.rate_per_s))))
+        counts = [self.output_length, self.requests, self.rounds, *self.concurrency]
+        if self.input_length is not None:
+            counts.append(self.input_length)
+        if min(counts) < 1:
+            raise RecipeError(
+                "lengths, requests, rounds and concurrency must all be at least 1",
+                where="measure.workload",
+                fix="for example input_length: 128, output_length: 64, concurrency: [1, 4]",
+            )
+        if not self.concurrency and not self.rate_per_s:
+            raise RecipeError(
+                "there is no point to measure",
+                where="measure.workload.concurrency",
+                fix="give concurrency: [1, 4], or rate_per_s: [2]",
+            )
+        if any(rate <= 0 for rate in self.rate_per_s):
+            raise RecipeError(
+                "requests per second must be more than 0",
+                where="measure.workload.rate_per_s",
+                fix="for example rate_per_s: [0.5, 1, 2]",
+            )
+        if self.output_length < 2:
+            raise RecipeError(
+                "output_length must be at least 2, else there is no time per output token",
+                where="measure.workload.output_length",
+                fix="for example 64",
+            )
+        if self.engine not in ENGINES:
+            raise RecipeError(
+                f"engine {self.engine!r} is not known",
+                where="measure.engine",
+                fix=f"use one of {', '.join(ENGINES)}",
+            )
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise RecipeError(
+                f"dtype {self.dtype!r} is not known",
+                where="measure.dtype",
+                fix=f"use auto, {', '.join(DTYPES)}",
+            )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> MeasureSettings:
+        """Settings from the recipe's ``measure`` section as a plain dict; absent keys default.
+
+        ``workload.slo`` may hold ``ttft_ms`` and ``tpot_ms``.
+        """
+        load = dict(config.get("workload") or {})
+        load |= {key: value for key, value in config.items() if key not in ("workload", "prices")}
+        load |= load.pop("slo", None) or {}
+        names = {item.name for item in dataclasses.fields(cls)}
+        values = {key: value for key, value in load.items() if key in names and value is not None}
+        if load.get("input_length", 0) is None:
+            values["input_length"] = None
+        for key in ("concurrency", "rate_per_s", "flags"):
+            if key in values:
+                values[key] = tuple(values[key])
+        return cls(**values, prices=dict(config.get("prices") or {}))
+
+    @property
+    def points(self) -> list[Point]:
+        """The sweep: closed loops, then open ones."""
+        closed = [Point(concurrency=size) for size in self.concurrency]
+        return closed + [Point(rate_per_s=rate) for rate in self.rate_per_s]
+
+    def per_round(self, point: Point) -> int:
+        """Requests that one variant serves at a point in each round."""
+        slots = point.concurrency or 1
+        return math.ceil(self.requests / (self.rounds * slots)) * slots
+
+    def served(self, point: Point) -> int:
+        """Requests that one variant really serves at a point of the sweep."""
+        return self.per_round(point) * self.rounds
+
+    @property
+    def goal(self) -> metrics.Goal:
+        """The service level objective."""
+        return metrics.Goal(self.ttft_ms, self.tpot_ms)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the sweep: so many requests in flight, or so many arriving per second."""
+
+    concurrency: int = 0
+    rate_per_s: float | None = None
+
+    @property
+    def name(self) -> str:
+        """As it stands in the ids of requests: ``c4``, or ``q2.5``."""
+        return f"c{self.concurrency}" if self.rate_per_s is None else f"q{self.rate_per_s:g}"
