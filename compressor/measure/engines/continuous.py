@@ -142,7 +142,8 @@ class _Manager(ContinuousBatchingManager):
         if self.model.device.type == "cpu":
             torch.set_num_threads(self._threads)  # OpenMP keeps the number by thread
         try:
-            super()._run_generation_loop()
+            with torch.inference_mode():  # as `TransformersEngine` does; the library: no_grad
+                super()._run_generation_loop()
         finally:
             self.output_router.close(_DIED)  # no effect where there was a better reason
 
