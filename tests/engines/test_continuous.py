@@ -133,7 +133,7 @@ def test_steps_are_shared(expected: Any) -> None:
 def test_a_late_request_joins_the_running_batch(expected: Any) -> None:
     prompts, tokens = expected
     with engine_of() as engine:
-        Calls(engine.model, before=lambda _: time.sleep(0.002))
+        Calls(engine.model, before=lambda _: time.sleep(0.004))
         (_, long), (made, late) = serve(engine, prompts[:2], [60, OUTPUT], every_s=0.03)
     assert made == tokens[1]
     assert long.token_times_s[0] < late.start_s and late.end_s < long.end_s
