@@ -104,21 +104,26 @@ def single_queries(
     shared, longest = key.shape[1], max(lengths)
     rows = query[0].transpose(0, 1).reshape(count, shared, heads // shared, width)
     keys, values = (x[0].unflatten(1, (count, longest)).transpose(0, 1) for x in (key, value))
-    mask = None
-    if min(lengths) < longest:
-        ends = torch.tensor(lengths, device=query.device)
-        mask = (torch.arange(longest, device=query.device) < ends[:, None])[:, None, None]
+    mask = _filled(tuple(lengths), query.device) if min(lengths) < longest else None
     mixed = scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
     return mixed.reshape(1, count, heads, -1)
 
 
-def _pad_reads(cache: Any, layer: int, kwargs: dict[str, Any], lengths: list[int]) -> None:
-    """Have the cache hand out as many keys for each request as the longest has."""
-    group = cache.layer_to_allocator[layer].index
-    reads = list(kwargs["read_index"])  # of all layers: not to be changed itself
-    own = reads[group].split(lengths)
-    reads[group] = pad_sequence(own, batch_first=True).flatten()  # index 0 is read as zeros
-    kwargs["read_index"] = reads
+@functools.lru_cache(maxsize=4)  # the layers of a step ask for the same
+def _filled(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """[requests, 1, 1, longest]: where there are keys."""
+    ends = torch.tensor(lengths, device=device)
+    return (torch.arange(max(lengths), device=device) < ends[:, None])[:, None, None]
+
+
+def _pad_reads(reads: list[torch.Tensor], group: int, lengths: list[int]) -> None:
+    """Have the cache hand out as many keys for each request as the longest has.
+
+    ``reads`` is the step's own list, one index a kind of layers; the first layer changes it for the
+    others. Index 0 is read as zeros.
+    """
+    if reads[group].numel() < len(lengths) * max(lengths):
+        reads[group] = pad_sequence(reads[group].split(lengths), batch_first=True).flatten()
 
 
 def _forward(
@@ -146,10 +151,10 @@ def _forward(
     group = cache.layer_to_allocator[layer]
     query_ends = kwargs["cu_seq_lens_q"].tolist()
     key_ends = kwargs["cu_seq_lens_k"][group.layer_type].tolist()
-    if 1 < query.shape[2] == len(query_ends) - 1 and kwargs["read_index"][group.index].numel():
+    if query.shape[2] == len(query_ends) - 1 and kwargs["read_index"][group.index].numel():
         lengths = [high - low for low, high in pairwise(key_ends)]
         if len(lengths) * max(lengths) <= _MOST_PADDING * key_ends[-1]:
-            _pad_reads(cache, layer, kwargs, lengths)
+            _pad_reads(kwargs["read_index"], group.index, lengths)
             key, value = cache.update(key, value, layer, kwargs)
             return single_queries(query, key, value, lengths, scale), None
     key, value = cache.update(key, value, layer, kwargs)

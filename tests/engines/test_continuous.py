@@ -133,7 +133,7 @@ def test_steps_are_shared(expected: Any) -> None:
 def test_a_late_request_joins_the_running_batch(expected: Any) -> None:
     prompts, tokens = expected
     with engine_of() as engine:
-        Calls(engine.model, before=lambda _: time.sleep(0.002))
+        Calls(engine.model, before=lambda _: time.sleep(0.004))
         (_, long), (made, late) = serve(engine, prompts[:2], [60, OUTPUT], every_s=0.03)
     assert made == tokens[1]
     assert long.token_times_s[0] < late.start_s and late.end_s < long.end_s
@@ -312,6 +312,10 @@ def test_metadata_and_what_is_left_after_it() -> None:
     with engine_of(lambda _: model, cache_tokens=1000, page_size=64) as engine:
         facts = engine.metadata()
         assert engine.model is model
+        used: list[int] = []  # in the engine's own thread
+        Calls(model, before=lambda _: used.append(torch.get_num_threads()))
+        serve(engine, [[5, 6, 7]], 2)
+        assert used == [torch.get_num_threads()] * 2
     assert facts["engine"] == "transformers-continuous" and facts["attention"] == ragged.NAME
     assert (facts["cache_blocks"], facts["cache_page_tokens"]) == (16, 64)
     assert facts["prefix_sharing"] is False and facts["batching"] == "continuous"

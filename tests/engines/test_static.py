@@ -64,7 +64,7 @@ def test_a_batch_runs_to_its_end_before_the_next(engine: StaticEngine, expected:
 
 def test_a_late_request_waits(engine: StaticEngine, expected: Any) -> None:
     Calls(engine.model, before=lambda _: time.sleep(0.005))
-    (_, first), (made, late) = serve(engine, expected[0][:2], [40, OUTPUT], every_s=0.1)
+    (_, first), (made, late) = serve(engine, expected[0][:2], [40, OUTPUT], every_s=0.08)
     assert late.start_s < first.end_s < late.first_token_s and made == expected[1][1]
 
 

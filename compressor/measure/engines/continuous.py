@@ -142,7 +142,8 @@ class _Manager(ContinuousBatchingManager):
         if self.model.device.type == "cpu":
             torch.set_num_threads(self._threads)  # OpenMP keeps the number by thread
         try:
-            super()._run_generation_loop()
+            with torch.inference_mode():  # as `TransformersEngine` does; the library: no_grad
+                super()._run_generation_loop()
         finally:
             self.output_router.close(_DIED)  # no effect where there was a better reason
 
@@ -221,7 +222,7 @@ class ContinuousEngine:
                 threads=torch.get_num_threads(),
             )
             manager.warmup()  # makes the cache here, where an error is seen
-        except (RuntimeError, ValueError, MemoryError, KeyError, AttributeError) as error:
+        except (RuntimeError, ValueError, TypeError, MemoryError, LookupError) as error:
             self.stop()
             raise RunError(
                 f"continuous batching cannot start: {message(error)}",
@@ -300,7 +301,8 @@ class ContinuousEngine:
 
     def metadata(self) -> dict[str, Any]:
         """Facts about the started engine, for the report and the recomputation."""
-        assert self._manager is not None, "the engine was not started"
+        if self._manager is None:
+            raise RuntimeError("the engine was not started")
         device = next(self.model.parameters()).device
         settings = self._manager.continuous_batching_config
         return {
