@@ -88,7 +88,7 @@ def measure_device(seconds: float = 0.3, buffer_bytes: int = 1 << 28) -> Device:
     import torch
 
     buffer = torch.ones(buffer_bytes // 4)
-    bandwidth = buffer_bytes / _best(lambda: buffer.sum(), seconds)
+    bandwidth = buffer_bytes / _best(buffer.sum, seconds)
     del buffer
     size = 1024
     peak: dict[str, float] = {}
