@@ -338,6 +338,91 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="Hub id, directory, .gguf file.")],
+    device: Annotated[
+        str, typer.Option("--device", help="h100, a100, ..., or cpu: this machine's, measured now.")
+    ] = "cpu",
+    scheme: Annotated[
+        str, typer.Option("--scheme", help="W4A16, W8A8, FP8, ..., or bf16, fp16, fp32.")
+    ] = "bf16",
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", help="Columns per scale; -1 for channels.")
+    ] = None,
+    kv: Annotated[str | None, typer.Option("--kv", help="Cache in fp8 or int8.")] = None,
+    input_length: Annotated[int, typer.Option("--input", help="Tokens per prompt.")] = 512,
+    output_length: Annotated[int, typer.Option("--output", help="Tokens per answer.")] = 128,
+    batch: Annotated[
+        str, typer.Option("--batch", help="Requests at once, with commas.")
+    ] = "1,8,32",
+    acceptance_length: Annotated[
+        float | None, typer.Option("--acceptance-length", help="Tokens per verified step.")
+    ] = None,
+    draft_tokens: Annotated[int, typer.Option("--draft-tokens", help="Drafted per step.")] = 4,
+    draft_cost: Annotated[
+        float, typer.Option("--draft-cost", help="Time of one drafted token / of one step.")
+    ] = 0.0,
+    usd_per_hour: Annotated[
+        float | None, typer.Option("--usd-per-hour", help="Price of the device.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option("--run", help="Calibrate on this run, and show how far off estimates are."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Of a Hub model.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a model could do on a device at best, from its config alone; nothing is measured."""
+    from compressor.measure import roofline
+    from compressor.measure.devices import find_device
+    from compressor.measure.prices import price_rows, resolve_prices
+    from compressor.models.dimensions import read_dimensions
+
+    found = find_device(device)
+    parsed, dtype = roofline.parse_scheme(scheme, group_size)
+    if kv not in (None, "fp8", "int8"):
+        raise RecipeError(f"no cache of {kv!r}", where="--kv", fix="use fp8 or int8")
+    try:
+        batches = [int(part) for part in batch.split(",")]
+    except ValueError as error:
+        raise RecipeError("not numbers", where="--batch", fix="for example 1,8,32") from error
+    prices = None
+    if usd_per_hour is not None or found.price in price_rows():
+        asked = {"device": found.price or found.id, "usd_per_hour": usd_per_hour}
+        prices = resolve_prices(asked, cpu_count=os.cpu_count() if device == "cpu" else None)
+    spoken = (
+        roofline.Speculation(acceptance_length, draft_tokens, draft_cost)
+        if acceptance_length is not None
+        else None
+    )
+    compared = roofline.compare(run_dir, found) if run_dir is not None else None
+    dims = read_dimensions(model, revision=revision)
+    stored = dims.dtype if dims.dtype in ("float16", "bfloat16") else "bfloat16"
+    made = roofline.estimate(
+        roofline.Setup(dims, parsed, dtype or stored, kv),
+        found,
+        batches=batches,
+        input_length=input_length,
+        output_length=output_length,
+        efficiency=compared.efficiency if compared else None,
+        speculation=spoken,
+        prices=prices,
+    )
+    if as_json:
+        made["comparison"] = compared.to_dict() if compared else None
+        typer.echo(json.dumps(made, indent=1))
+        return
+    from compressor.report.estimate import comparison_table, estimate_table, facts
+
+    console = Console()
+    console.print(estimate_table(made))
+    for line in facts(made):
+        console.print(line, highlight=False, soft_wrap=True)
+    if compared is not None:
+        console.print(comparison_table(compared.to_dict()))
+
+
 def _plan(recipe: Path, output: Path | None, store: Path | None, only: list[str] | None) -> Plan:
     from compressor.plan import make_plan
     from compressor.recipe import load_recipe

@@ -303,6 +303,31 @@ def test_mangled_files_are_failures_and_no_traceback(run: Path) -> None:
     assert "ledger.json: cannot be checked" in done.stderr
 
 
+def test_estimates_are_calibrated_on_the_baseline_and_compared_with_every_point(run: Path) -> None:
+    done = compress("estimate", "artifacts/baseline/compressed-tensors", "--run", ".", "--json",
+                    cwd=run)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    rows = made["comparison"]["rows"]
+    variants = ("baseline", "int8", "int4-rtn")
+    assert [(r["variant"], r["concurrency"]) for r in rows] == [
+        (name, size) for name in variants for size in (1, 2)
+    ]
+    reached = made["comparison"]["efficiency"]
+    assert 0 < reached["decode"] < 1 and made["efficiency"] == reached
+    report = json.loads((run / "report" / "report.json").read_text())
+    for row in rows:
+        (variant,) = [v for v in report["variants"] if v["name"] == row["variant"]]
+        (point,) = [p for p in variant["performance"] if p["concurrency"] == row["concurrency"]]
+        assert row["measured_tpot_ms"] == point["tpot_ms"]["p50"]
+        assert row["predicted_tpot_ms"] == pytest.approx(row["bound_tpot_ms"] / reached["decode"])
+        assert row["tpot_ms_error"] == row["predicted_tpot_ms"] / row["measured_tpot_ms"] - 1
+    # The efficiency is the median over the baseline's two points: it lies between them.
+    assert rows[0]["tpot_ms_error"] * rows[1]["tpot_ms_error"] <= 0
+    done = compress("estimate", "artifacts/baseline/compressed-tensors", "--run", ".", cwd=run)
+    assert done.returncode == 0 and "estimate against measurement" in done.stdout
+
+
 def test_a_directory_that_is_no_run_is_one_error(tmp_path: Path) -> None:
     done = compress("verify", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 1 and "stages.json" in done.stderr and "fix:" in done.stderr

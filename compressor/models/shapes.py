@@ -41,6 +41,11 @@ class LinearShape:
     expert: bool = False
 
 
+def is_router(name: str) -> bool:
+    """Whether a tensor decides which expert sees a token; it is never quantized."""
+    return not _ROUTERS.isdisjoint(name.removesuffix(".weight").split("."))
+
+
 def linear_shapes(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[LinearShape, ...]:
     """The distinct shapes of the blocks' linears, each under the first name that has it.
 
@@ -52,7 +57,7 @@ def linear_shapes(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[Linea
         base = name.removesuffix(".weight")
         if base == name or len(shape) != 2 or not re.search(r"\.\d+\.", base):
             continue
-        if not _ROUTERS.isdisjoint(base.split(".")):
+        if is_router(base):
             continue
         parent, _, leaf = base.rpartition(".")
         fused.setdefault(f"{parent}.{_FUSED.get(leaf, leaf)}", []).append((shape[0], shape[1]))
