@@ -598,6 +598,7 @@ class _Speed:
             workload.requests / c * workload.output_length * step * (1 + c / 16)
             for c in workload.concurrency
         )
+        per_variant += sum(workload.requests / rate for rate in workload.rate_per_s)
         memory = self.BASE_MEMORY + variants * 3 * self.facts.parameters
         return Estimate(10 * variants + per_variant * variants, memory, 10_000_000)
 

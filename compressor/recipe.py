@@ -337,13 +337,30 @@ class Workload(_Section):
         "builtin:prompts",
         description="Prompts: builtin:prompts, a file with a `prompt` column, or a Hub data set.",
     )
-    input_length: int = Field(128, ge=1, description="Tokens per prompt.")
+    input_length: int | None = Field(
+        128, ge=1, description="Tokens per prompt; null sends each prompt whole."
+    )
+    chat_template: bool = Field(
+        False, description="Put each prompt into the model's chat template."
+    )
     output_length: int = Field(64, ge=2, description="Tokens generated per request.")
+    ignore_eos: bool = Field(
+        True,
+        description="Go on past the end-of-sequence token, so that all variants do equal work; "
+        "false ends answers as the model does, at output_length at the latest.",
+    )
     concurrency: list[Annotated[int, Field(ge=1)]] = Field(
         default_factory=lambda: [1, 4],
-        min_length=1,
-        description="Requests at the same time.",
+        description="Points of a closed loop: requests in flight, the next starting when one ends.",
         json_schema_extra={"default": [1, 4]},
+    )
+    rate_per_s: list[Annotated[float, Field(gt=0)]] = Field(
+        default_factory=list,
+        description="Points of an open loop: requests arriving per second, whatever the answers "
+        "do; latencies count from when a request was due.",
+    )
+    arrival: Literal["poisson", "constant"] = Field(
+        "poisson", description="How requests of an open loop arrive."
     )
     requests: int = Field(16, ge=1, description="Requests per point and variant, over all rounds.")
     rounds: int = Field(4, ge=2, description="How often the variants take turns.")
@@ -388,12 +405,69 @@ class Prices(_Section):
     egress_bytes_per_token: float | None = Field(None, ge=0, description="Bytes sent per token.")
 
 
+class Endpoint(_Section):
+    """An OpenAI-compatible address that serves a variant already."""
+
+    url: str = Field(description="Base of the interface, such as https://api.example.com/v1.")
+    model: str = Field(description="The model's name there.")
+    key_variable: str | None = Field(
+        None, description="Environment variable that holds the bearer key."
+    )
+    chat: bool = Field(False, description="Send prompts as chat messages.")
+    knows_ignore_eos: bool = Field(
+        False, description="Whether it takes ignore_eos, as vLLM and SGLang do."
+    )
+    usd_per_mtok_input: float | None = Field(
+        None, ge=0, description="List price of a million input tokens."
+    )
+    usd_per_mtok_output: float | None = Field(
+        None, ge=0, description="List price of a million output tokens."
+    )
+
+
 class Measure(_Section):
     """Speed and cost on this device."""
 
-    engine: Literal["transformers"] = Field("transformers", description="Engine that serves.")
+    engine: Literal["transformers", "vllm", "llama.cpp", "endpoint"] = Field(
+        "transformers",
+        description="What serves: transformers in this process, a vLLM or llama.cpp server of its "
+        "own (llama.cpp takes the gguf format), or addresses that serve already (endpoints).",
+    )
+    batching: Literal["continuous", "static"] = Field(
+        "continuous",
+        description="Of transformers: requests join and leave the running batch, or one batch is "
+        "served to its end before the next.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Activations' dtype; auto takes the faster one for each variant."
+        "auto",
+        description="Activations' dtype; auto takes the faster one for each variant. llama.cpp "
+        "and endpoints choose their own.",
+    )
+    flags: list[str] = Field(
+        default_factory=list, description="Further arguments of the vLLM or llama.cpp server."
+    )
+    variables: dict[str, str] = Field(
+        default_factory=dict,
+        description="Further environment variables of the server; they stand in the record, so "
+        "no secrets.",
+    )
+    program: str | None = Field(
+        None,
+        description="Interpreter of vLLM's environment, or the llama-server binary; found when "
+        "not given.",
+    )
+    start_timeout_s: float = Field(
+        600.0, gt=0, description="Longest wait for a server to become healthy, seconds."
+    )
+    keep_loaded: bool | None = Field(
+        None,
+        description="Keep the engines of all variants in memory at once; decided by the memory "
+        "that is free when not given.",
+    )
+    endpoints: dict[Name, Endpoint] = Field(
+        default_factory=dict,
+        description="With engine endpoint: the address that serves each variant, the baseline's "
+        "first; variants without one are not measured.",
     )
     workload: Workload = Field(
         default_factory=lambda: Workload.model_validate({}), description="The load."
@@ -446,7 +520,35 @@ class Recipe(_Section):
                     {"loc": ("variants", name)},
                 )
             self._check_schemes(name, variant)
+        self._check_engine()
         return self
+
+    def _check_engine(self) -> None:
+        """The engine finds what it serves."""
+        if self.measure is None:
+            return
+        if not self.measure.workload.concurrency and not self.measure.workload.rate_per_s:
+            raise PydanticCustomError(
+                "no_load",
+                "give points to measure at, such as [1, 4]",
+                {"loc": ("measure", "workload", "concurrency")},
+            )
+        if (self.measure.engine == "endpoint") != bool(self.measure.endpoints):
+            raise PydanticCustomError(
+                "endpoints",
+                "engine endpoint, and no other, needs the address of each variant under "
+                "`endpoints`",
+                {"loc": ("measure", "endpoints" if self.measure.endpoints else "engine")},
+            )
+        if self.measure.endpoints:
+            first = next(iter(self.measure.endpoints))
+            unknown = set(self.measure.endpoints) - {"baseline", *self.variants}
+            if first != "baseline" or unknown:
+                raise PydanticCustomError(
+                    "endpoints",
+                    "name the baseline first, then variants of this recipe",
+                    {"loc": ("measure", "endpoints")},
+                )
 
     def _check_schemes(self, name: str, variant: Variant) -> None:
         """Every scheme goes with the quantizer's other options, and with the refinements."""

@@ -179,13 +179,13 @@ def read_lock(run_dir: Path) -> dict[str, Any]:
 def run_report(
     run_dir: Path,
     *,
-    performance: Mapping[str, Any] | None = None,
+    measured: Mapping[str, Any] | None = None,
     quality: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """The report's content, from the files of the run directory alone.
 
     Args:
-        performance: rows by variant instead of the ledger's.
+        measured: figures instead of the ledger's, by key.
         quality: rows by variant instead of those that the evaluation recorded.
 
     Raises RunError when a file cannot be read or does not fit the report.
@@ -194,11 +194,9 @@ def run_report(
 
     run, stages = read_json(run_dir, RUN), read_json(run_dir, STAGES)
     results = {stage["name"]: stage["result"] for stage in stages}
-    load, measured = results["load"], None
+    load, ledger = results["load"], None
     if "measure" in results:
-        measured = read_json(run_dir, LEDGER)
-        if performance is not None:
-            measured = measured | {"performance": performance}
+        ledger = read_json(run_dir, LEDGER) | dict(measured or {})
     return build_report(
         recipe={"name": run["name"], "sha256": content_key(read_lock(run_dir))},
         created=run["created"],
@@ -211,7 +209,7 @@ def run_report(
         },
         calibration=results.get("calibrate"),
         variants=[_variant(run_dir, run, stages, name, quality) for name in run["variants"]],
-        measured=measured,
+        measured=ledger,
         stages=read_json(run_dir, PLAN),
         notes=list(load["notes"]),
         record={name: file_sha256(run_dir / name) for name in RECORD if (run_dir / name).exists()},

@@ -17,6 +17,8 @@ from compressor.plan import Stage
 from compressor.progress import Progress
 from compressor.store import StoredStage
 
+GGUF = "gguf"
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -393,48 +395,75 @@ def evaluate(context: Context) -> dict[str, Any]:
 
 def measure(context: Context) -> dict[str, Any]:
     """Measure every exported variant, interleaved, on the same prompts."""
-    import torch
     from transformers import AutoTokenizer
 
     from compressor.data.sources import load_texts
-    from compressor.export import bitsandbytes
-    from compressor.export import compressed_tensors as formats
-    from compressor.measure import runner
+    from compressor.measure import fleet, runner
+    from compressor.measure.settings import MeasureSettings
+    from compressor.measure.workload import build_workload, tokenizer_encode
 
-    loaders: dict[str, Callable[[torch.dtype], nn.Module]] = {}
-    sizes: dict[str, int] = {}
+    settings = MeasureSettings.from_config(context.config)
+    artifacts: dict[str, StoredStage] = {}
     for stored in context.inputs.values():
         if stored.manifest["kind"] != "export":
             continue
+        if settings.engine == "llama.cpp" and stored.result["format"] != GGUF:
+            continue
+        if settings.engine in ("transformers", "vllm") and stored.result["format"] == GGUF:
+            continue
         stored.verify()
-        directory = stored.path / "artifact"
-
-        def loader(
-            dtype: torch.dtype, directory: Path = directory, fmt: str = stored.result["format"]
-        ) -> nn.Module:
-            if fmt == bitsandbytes.NAME:
-                return bitsandbytes.load_model(directory, dtype=dtype)
-            return formats.load_model(directory, kernel="auto", dtype=dtype)
-
-        loaders.setdefault(stored.manifest["variant"], loader)
-        sizes.setdefault(stored.manifest["variant"], stored.result["size_bytes"])
+        artifacts.setdefault(stored.manifest["variant"], stored)
     tokenizer = AutoTokenizer.from_pretrained(context.model_dir)
-    settings = runner.MeasureSettings.from_config(context.config)
     prompts = load_texts(
         settings.prompts,
         field="prompt",
         base_dir=context.stage.local["base_dir"],
         tokenizer=tokenizer,
     )
-    return runner.measure(
-        loaders,
-        tokenizer,
+    needed = max(settings.served(point) for point in settings.points)
+    workload = build_workload(
         prompts,
+        tokenizer_encode(tokenizer, settings.chat_template),
+        input_length=settings.input_length,
+        count=min(needed, max(len(prompts), *settings.concurrency, 1)),
+        seed=settings.seed,
+        source=settings.prompts,
+        chat_template=settings.chat_template,
+    )
+    logs = context.directory / runner.LOGS
+    variants: dict[str, fleet.Candidates] = {}
+    if settings.engine == "endpoint":
+        for name, one in settings.endpoints.items():
+            variants[name] = fleet.endpoint(one, tokenizer)
+    for name, stored in artifacts.items():
+        directory, log = stored.path / "artifact", logs / name
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if settings.engine == "transformers":
+            variants[name] = fleet.in_process(_loader(directory, stored.result["format"]), settings)
+        elif settings.engine == "vllm":
+            variants[name] = fleet.vllm(directory, log, settings)
+        elif settings.engine == "llama.cpp":
+            (file,) = directory.glob("*.gguf")
+            variants[name] = fleet.llama_cpp(file, log, settings, workload.longest)
+    sizes = {name: stored.result["size_bytes"] for name, stored in artifacts.items()}
+    return runner.measure(
+        variants,
+        workload,
         settings,
         context.directory,
         context.progress,
-        artifact_bytes=sizes,
+        artifact_bytes={name: size for name, size in sizes.items() if name in variants},
     )
+
+
+def _loader(directory: Path, fmt: str) -> Callable[[Any], nn.Module]:
+    """Loads an artifact, by its format, in a dtype of its activations."""
+    from compressor.export import bitsandbytes
+    from compressor.export import compressed_tensors as formats
+
+    if fmt == bitsandbytes.NAME:
+        return lambda dtype: bitsandbytes.load_model(directory, dtype=dtype)
+    return lambda dtype: formats.load_model(directory, kernel="auto", dtype=dtype)
 
 
 FUNCTIONS: dict[str, Callable[[Context], dict[str, Any]]] = {

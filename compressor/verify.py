@@ -245,8 +245,8 @@ class _Run:
         return read_prompts(self.path / self.ledger["prompts"]["path"])
 
     @cached_property
-    def performance(self) -> dict[str, Any] | None:
-        """Rows by variant, made again from the raw samples."""
+    def measured(self) -> dict[str, Any] | None:
+        """``performance`` and ``economics``, made again from the raw samples."""
         from compressor.measure.points import recompute
 
         return recompute(self.path) if self.ledger is not None else None
@@ -278,7 +278,7 @@ class _Run:
     @cached_property
     def report(self) -> dict[str, Any]:
         """The report's content, made again from recomputed figures."""
-        return record.run_report(self.path, performance=self.performance, quality=self.quality)
+        return record.run_report(self.path, measured=self.measured, quality=self.quality)
 
 
 def _evaluated_against(stage: Mapping[str, Any]) -> bool:
@@ -409,9 +409,7 @@ def _check_quality(run: _Run, check: Check) -> None:
 
 def _check_prompts(run: _Run, check: Check) -> None:
     """The prompts are those that were hashed when they were served."""
-    import numpy as np
-
-    from compressor.measure.workload import prompt_sha256, tokens_sha256
+    from compressor.measure.workload import prompt_sha256, prompts_sha256
 
     if run.ledger is None:
         check.note = "nothing was measured"
@@ -435,9 +433,8 @@ def _check_prompts(run: _Run, check: Check) -> None:
                 problem="it is not the prompt that was served: SHA-256 {found}, served {recorded}",
             )
     check.expect(record.LEDGER, "workload.prompt_count", load["prompt_count"], len(run.prompts))
-    if len({len(prompt) for prompt in run.prompts}) == 1:
-        whole = tokens_sha256(np.asarray(run.prompts, dtype=np.int32))
-        check.expect(record.LEDGER, "workload.prompts_sha256", load["prompts_sha256"], whole)
+    whole = prompts_sha256(run.prompts)
+    check.expect(record.LEDGER, "workload.prompts_sha256", load["prompts_sha256"], whole)
 
 
 def _check_samples(run: _Run, check: Check) -> None:
@@ -469,6 +466,8 @@ def _check_samples(run: _Run, check: Check) -> None:
 
 def _impossible(sample: Any, variant: str, prompts: Sequence[Sequence[int]]) -> Iterator[str]:
     """What in a sample contradicts itself, its id or the prompts."""
+    from compressor.measure.settings import Point
+
     times = [sample.start_s, sample.first_token_s, *sample.token_times_s]
     if not all(math.isfinite(moment) for moment in times):
         yield "a time is not a number"
@@ -480,9 +479,9 @@ def _impossible(sample: Any, variant: str, prompts: Sequence[Sequence[int]]) -> 
         yield f"{sample.output_tokens} tokens, but {len(sample.token_times_s)} token times"
     if sample.variant != variant:
         yield f"belongs to variant {sample.variant!r}"
-    named = re.search(r"/c(\d+)/r(\d+)/", sample.request_id)
-    if named and (int(named[1]), int(named[2])) != (sample.concurrency, sample.round):
-        yield f"concurrency {sample.concurrency}, round {sample.round} contradict its id"
+    point = Point(sample.concurrency, sample.rate_per_s).name
+    if not sample.request_id.startswith(f"{variant}/{point}/r{sample.round}/"):
+        yield f"load {point}, round {sample.round} contradict its id"
     if not 0 <= sample.prompt < len(prompts):
         yield f"prompt {sample.prompt} does not exist"
     elif sample.prompt_tokens != len(prompts[sample.prompt]):
@@ -497,7 +496,7 @@ def _check_load(run: _Run, check: Check) -> None:
         return
     asked, load = measured["config"]["workload"], run.ledger["workload"]
     expected = {
-        key: sorted(set(value)) if key == "concurrency" else value
+        key: sorted(set(value)) if key in ("concurrency", "rate_per_s") else value
         for key, value in asked.items()
         if key in load and key != "requests"
     }
@@ -517,14 +516,16 @@ def _check_prices(run: _Run, check: Check) -> None:
     if run.ledger is None:
         check.note = "nothing was measured"
         return
-    lock, basis = record.read_lock(run.path), run.ledger["price_basis"]
+    basis = run.ledger["price_basis"]
+    overrides = record.read_lock(run.path)["measure"]["prices"]
     with price_table(basis["table"]):
         made = resolve_prices(
-            lock["measure"]["prices"],
+            overrides,
             gpu_name=basis["gpu_name"],
             cpu_count=basis["cpu_count"],
         )
     check.expect(record.LEDGER, "prices", run.ledger["prices"], made.to_dict())
+    check.expect(record.LEDGER, "price_basis.overrides", basis["overrides"], overrides)
     if basis["table_sha256"] != table_sha256():
         check.note = "the price table of this version is another; the run's own row was used"
         return
@@ -538,7 +539,9 @@ def _check_performance(run: _Run, check: Check) -> None:
     if run.ledger is None:
         check.note = "nothing was measured"
         return
-    check.expect(record.LEDGER, "performance", run.ledger["performance"], run.performance)
+    assert run.measured is not None
+    for key, value in run.measured.items():
+        check.expect(record.LEDGER, key, run.ledger[key], value)
 
 
 def _check_report(run: _Run, check: Check) -> None:

@@ -287,9 +287,7 @@ def vllm(directory: Path, log: Path, settings: MeasureSettings) -> Candidates:
     return {dtype: server(dtype) for dtype in (("",) if told else _dtypes(settings))}
 
 
-def llama_cpp(
-    file: Path, log: Path, settings: MeasureSettings, longest_prompt: int
-) -> Candidates:
+def llama_cpp(file: Path, log: Path, settings: MeasureSettings, longest_prompt: int) -> Candidates:
     """The one candidate of llama.cpp: a GGUF file says itself what it is computed in.
 
     Args:

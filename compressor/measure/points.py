@@ -121,7 +121,7 @@ def performance_row(
 
 def _steady(samples: Sequence[RequestSample]) -> dict[str, Any]:
     """In how many rounds the load came to a steady state, and why not in the others."""
-    windows = [steady.steady_window(group) for group in metrics.by_round(samples).values()]
+    windows = [steady.find_window(group) for group in metrics.by_round(samples).values()]
     reasons = {window.reason for window in windows if not window.steady}
     return {
         "rounds": sum(window.steady for window in windows),
@@ -229,7 +229,9 @@ def economics(
     if record["list_prices"]:
         return {}
     rows = [
-        row for row in performance[record["baseline"]] if row["cost_usd_per_mtok_output"] is not None
+        row
+        for row in performance[record["baseline"]]
+        if row["cost_usd_per_mtok_output"] is not None
     ]
     if not rows:
         return {}

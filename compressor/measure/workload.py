@@ -19,34 +19,54 @@ PROMPTS = "prompts.jsonl.gz"
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts of equal length.
+    """Prompts that every variant gets.
 
     Attributes:
-        tokens: int32 [prompts, input_length].
+        tokens: ids of each prompt; of one length, or each as long as it is.
         source: where the texts come from, as the recipe names it.
         seed: seed of the order of the texts.
-        sha256: hash of the shape and the little-endian int32 tokens.
+        chat_template: whether each text was put into the model's chat template.
     """
 
-    tokens: np.ndarray
+    tokens: tuple[tuple[int, ...], ...]
     source: str
     seed: int
-    sha256: str
+    chat_template: bool = False
 
-    def batch(self, first: int, size: int) -> list[list[int]]:
-        """`size` prompts from row `first` on, wrapping round at the end."""
-        rows = [(first + offset) % len(self.tokens) for offset in range(size)]
-        return self.tokens[rows].tolist()
+    @property
+    def input_length(self) -> int | None:
+        """Tokens of every prompt; None where they differ."""
+        lengths = {len(prompt) for prompt in self.tokens}
+        return lengths.pop() if len(lengths) == 1 else None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.tokens))
 
     def describe(self) -> dict[str, Any]:
         """Facts for the report."""
         return {
             "prompts": self.source,
-            "prompt_count": int(self.tokens.shape[0]),
-            "input_length": int(self.tokens.shape[1]),
+            "prompt_count": len(self.tokens),
+            "input_length": self.input_length,
+            "input_tokens": {
+                "least": min(map(len, self.tokens)),
+                "mean": sum(map(len, self.tokens)) / len(self.tokens),
+                "most": self.longest,
+            },
+            "chat_template": self.chat_template,
             "prompts_seed": self.seed,
-            "prompts_sha256": self.sha256,
+            "prompts_sha256": prompts_sha256(self.tokens),
         }
+
+
+def prompts_sha256(prompts: Sequence[Sequence[int]]) -> str:
+    """SHA-256 (hex) of all prompts: `tokens_sha256` of the array where they have one length, else
+    of their `prompt_sha256` one after the other."""
+    if len({len(prompt) for prompt in prompts}) == 1:
+        return tokens_sha256(np.asarray(prompts, dtype=np.int32))
+    return hashlib.sha256("".join(map(prompt_sha256, prompts)).encode()).hexdigest()
 
 
 def tokens_sha256(tokens: np.ndarray) -> str:
@@ -94,16 +114,21 @@ def build_workload(
     texts: Sequence[str],
     encode: Callable[[str], Sequence[int]],
     *,
-    input_length: int,
+    input_length: int | None,
     count: int,
     seed: int,
     source: str,
+    chat_template: bool = False,
 ) -> Workload:
-    """Cut `count` prompts of exactly `input_length` tokens from `texts`.
+    """`count` prompts from `texts`, which are put in a seeded order and gone through as often as it
+    takes.
 
-    The texts are put in a seeded order; a prompt starts at the start of a text and, when that one
-    is too short, goes on with the next ones (joined by a blank line), so each prompt starts like a
-    real request. When there are fewer texts than prompts the order is gone through again.
+    With an `input_length` every prompt has exactly that many tokens: it starts at the start of a
+    text and, when that one is too short, goes on with the next ones (joined by a blank line), so
+    each prompt starts like a real request. Without, every prompt is one text, whole.
+
+    Args:
+        encode: text -> token ids, in the chat template where `chat_template` says so.
 
     Raises RecipeError when the texts hold no token at all.
     """
@@ -116,18 +141,39 @@ def build_workload(
             where=f"measure.workload.prompts ({source})",
             fix="name a source with at least one prompt that is not empty",
         )
-    gap = list(encode("\n\n"))
-    rows = np.empty((count, input_length), dtype=np.int32)
+    if input_length is None:
+        whole = tuple(tuple(encoded[row % len(encoded)]) for row in range(count))
+        return Workload(whole, source, seed, chat_template)
+    gap = [] if chat_template else list(encode("\n\n"))
+    rows = []
     for row in range(count):
         tokens: list[int] = []
         index = row
         while len(tokens) < input_length:
             tokens += (gap if tokens else []) + encoded[index % len(encoded)]
             index += 1
-        rows[row] = tokens[:input_length]
-    return Workload(rows, source, seed, tokens_sha256(rows))
+        rows.append(tuple(tokens[:input_length]))
+    return Workload(tuple(rows), source, seed, chat_template)
 
 
-def tokenizer_encode(tokenizer: Any) -> Callable[[str], list[int]]:
-    """`text -> token ids` without special tokens, for a Hugging Face tokenizer."""
-    return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def tokenizer_encode(tokenizer: Any, chat_template: bool = False) -> Callable[[str], list[int]]:
+    """``text -> token ids`` for a Hugging Face tokenizer: without special tokens, or as the user's
+    message in its chat template.
+
+    Raises RecipeError when it has no template.
+    """
+    if not chat_template:
+        return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not getattr(tokenizer, "chat_template", None):
+        raise RecipeError(
+            "the model has no chat template",
+            where="measure.workload.chat_template",
+            fix="leave it out: prompts are then sent as they are",
+        )
+
+    def encode(text: str) -> list[int]:
+        message = [{"role": "user", "content": text}]
+        shown = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return tokenizer(shown, add_special_tokens=False, verbose=False)["input_ids"]
+
+    return encode
