@@ -281,11 +281,11 @@ def our_row(samples: list[RequestSample], seconds: float) -> dict[str, float]:
 def facts(args: argparse.Namespace) -> dict[str, Any]:
     """When and where, without the paths of this machine."""
     hidden = {"output", "model", "python", "command", "flag"}
-    given = [
-        f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-        for name, value in vars(args).items()
-        if name not in hidden
-    ]
+    given = []
+    for name, value in vars(args).items():
+        if name not in hidden:
+            values = value if isinstance(value, list) else [value]
+            given.append(" ".join([f"--{name.replace('_', '-')}", *map(str, values)]))
     try:
         import uvloop
 
@@ -310,10 +310,11 @@ def readme(directory: Path) -> str:
             f"## What it can do\n\n`{found['command']}`, {found['machine']}, "
             f"Python {found['python']}, {found['loop']}, {found['date'][:10]}. A local server in a "
             f"process of its own sends {found['tokens_per_request']} prebuilt events a request, "
-            "one write per token, to every request at once in steps of so many ms (0: as fast as it "
-            "can). Tokens per read shows how many reached the generator together. CPU shares are of one core.\n\n"
-            "| step [ms] | in flight | requests/s | tokens/s | tokens per read | generator CPU | server CPU "
-            "| CPU per token [us] | errors | latest timer [ms] |\n"
+            "one write per token, to every request at once in steps of so many ms (0: as fast as "
+            "it can). Tokens per read shows how many reached the generator together. CPU shares "
+            "are of one core.\n\n"
+            "| step [ms] | in flight | requests/s | tokens/s | tokens per read | generator CPU "
+            "| server CPU | CPU per token [us] | errors | latest timer [ms] |\n"
             "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
         )
         for row in found["rows"]:

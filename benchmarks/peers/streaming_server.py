@@ -2,7 +2,8 @@
 
     python benchmarks/peers/streaming_server.py PORT TOKENS STEP_MS
 
-Every POST is answered by TOKENS events of the size of vLLM's, a write for each; every GET by 200.
+Every POST is answered by TOKENS events of the size of vLLM's, a write for each; every GET like
+vLLM's of its version.
 All answers that are under way get their next event every STEP_MS, as from an engine with continuous
 batching; with 0 as fast as they can be written.
 """
@@ -55,7 +56,7 @@ class Streaming(asyncio.Protocol):
             return
         if head.startswith(b"GET"):
             self._received = b""
-            self._transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+            self._transport.write(b'HTTP/1.1 200 OK\r\ncontent-length: 15\r\n\r\n{"version": ""}')
             return
         length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n", 1)[0])
         if len(body) >= length:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,7 @@ CLOCK_DIGITS = 7  # 0.1 microseconds: finer than the clock's own jitter, short i
 _EVENT_BYTES = 1 << 24  # longer than any event of a sane server
 _KEEP_ALIVE_SECONDS = 2.0  # less than a server's own (uvicorn, httplib: 5 s), so it never wins
 _READ_BYTES = 1 << 18
+_SECRET = re.compile(r"auth|key|token|secret", re.IGNORECASE)
 
 
 class StreamFault(Exception):
@@ -168,7 +170,8 @@ class HttpClient:
         url: whole address of the completions, such as ``http://127.0.0.1:8000/v1/completions``.
         model: the model's name there.
         fields: further fields of every request; None takes a field out of the request.
-        headers: further headers; their values never get into samples or errors.
+        headers: further headers; those whose names speak of a key, token, secret or authorization
+            never get into samples or errors.
         decode: makes text of token ids, for a server that takes no ids; None sends ids.
         chat: the address is that of chat completions; needs `decode`.
         knows_ignore_eos: whether the server can be told to go on to the full length. Where it
@@ -207,8 +210,9 @@ class HttpClient:
             **(fields or {}),
         }
         self._decode, self._chat, self._knows_ignore_eos = decode, chat, knows_ignore_eos
-        self._secrets = [value for value in (headers or {}).values() if value]
-        self._secrets += [v.removeprefix("Bearer ") for v in self._secrets]
+        values = [v for name, v in (headers or {}).items() if _SECRET.search(name)]
+        whole_first = [*values, *(v.removeprefix("Bearer ") for v in values)]
+        self._secrets = [value.strip() for value in whole_first if value.strip()]
         self._length_field = length_field
         self._sent = 0
         self._session = aiohttp.ClientSession(

@@ -173,8 +173,10 @@ def measure(
                     except FAILURES as error:
                         fleet.fail(name, error)
                     else:
-                        place = {"variant": name, "point": point, "turn": turn, "origin": origin}
-                        samples[name] += [_placed(row, **place) for row in result.samples]
+                        samples[name] += [
+                            _placed(row, variant=name, point=point, turn=turn, origin=origin)
+                            for row in result.samples
+                        ]
                         loads.append(
                             _load_facts(result, settings, name, point, turn)
                             | {"energy": meter.result.to_dict()}

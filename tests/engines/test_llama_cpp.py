@@ -7,10 +7,11 @@ import os
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
 
 from compressor.errors import RunError
-from compressor.measure.engines.llama_cpp import LlamaCppServer, llama_server
+from compressor.measure.engines.llama_cpp import LlamaCppServer, gguf_file_type, llama_server
 from compressor.measure.load import closed_loop, run_load
 
 SERVER = """
@@ -20,7 +21,7 @@ if "--help" in sys.argv:
 if "--version" in sys.argv:
     print("version: 77 (abc)", file=sys.stderr); sys.exit()
 value = lambda name: sys.argv[sys.argv.index(name) + 1]
-print("print_info: file type   = Q4_0", flush=True)
+print("print_info: file type   = Q4_K - Medium (guessed)", flush=True)
 print("system_info: n_threads = 2 | AVX2 = 1", flush=True)
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -105,11 +106,11 @@ def test_it_serves_and_says_what_it_is(binary: Path, model: Path, tmp_path: Path
             ),
         )
     command = " ".join(facts["command"])
-    assert "--parallel 3 --ctx-size 384 --threads 2 --cache-ram 0 --flash-attn on" in command
+    assert "--parallel 3 --ctx-size 390 --threads 2 --cache-ram 0 --flash-attn on" in command
     assert "--host 127.0.0.1" in command and "webui" not in command
     assert facts["engine"] == "llama.cpp" and facts["engine_version"] == "77 (abc)"
-    assert facts["dtype"] == "Q4_0" and facts["kernel"] == "ggml Q4_0"
-    assert facts["slots"] == 3 and facts["slot_context_tokens"] == 128
+    assert facts["dtype"] == "Q4_K - Medium" and facts["kernel"] == "ggml Q4_K - Medium"
+    assert facts["slots"] == 3 and facts["slot_context_tokens"] == 130
     assert facts["system"] == "n_threads = 2 | AVX2 = 1"
     assert [row.error for row in result.samples] == [""] * 6
     assert {row.output_tokens for row in result.samples} == {4}
@@ -122,3 +123,13 @@ def test_a_binary_that_cannot_be_run_is_named(model: Path, tmp_path: Path) -> No
     server = LlamaCppServer(model, tmp_path / "log", context_length=8, binary=broken)
     with pytest.raises(RunError, match="cannot be run"):
         server.start()
+
+
+def test_the_file_says_what_its_weights_are(tmp_path: Path, model: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert gguf_file_type(tmp_path / "tiny.gguf") == "Q8_0"
+    assert gguf_file_type(model) is None

@@ -90,7 +90,7 @@ def test_a_slot_goes_on_at_once() -> None:
     result = closed(Pretend([0.02]), concurrency=1, requests=5)
     rows = result.samples
     gaps = [b.start_s - a.end_s for a, b in itertools.pairwise(rows)]
-    assert min(gaps) >= 0 and sorted(gaps)[2] < 0.01
+    assert min(gaps) >= 0 and sorted(gaps)[2] < 0.05
 
 
 def test_requests_start_until_the_time_is_over_and_are_waited_for() -> None:
@@ -174,9 +174,27 @@ def test_the_open_loop_keeps_its_schedule_while_the_server_stalls() -> None:
     first = due[0] or 0.0
     assert due == pytest.approx([first + index / 100 for index in range(20)], abs=1e-6)
     late = [row.start_s - (row.scheduled_s or 0) for row in result.samples]
-    assert min(late) >= 0 and max(late) < 0.2 and max(late) <= result.max_lateness_s + 0.01
+    assert min(late) >= 0 and max(late) < 1 and max(late) <= result.max_lateness_s + 0.01
     assert client.most_active > 10
     assert {row.concurrency for row in result.samples} == {0}
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.sampled_from(["poisson", "constant"]), st.integers(0, 99), st.floats(200, 2000),
+    st.lists(st.floats(0, 0.05), min_size=1, max_size=4),
+)  # fmt: skip
+def test_requests_are_due_as_scheduled_whatever_the_answers_do(
+    arrival: Any, seed: int, rate: float, seconds: list[float]
+) -> None:
+    load = {"rate_per_s": rate, "arrival": arrival, "seed": seed, "requests": 15}
+    result = opened(Pretend(seconds), **load)
+    offsets = arrival_times(rate, arrival=arrival, seed=seed, requests=15)
+    due = [row.scheduled_s or 0.0 for row in result.samples]
+    assert [b - a for a, b in itertools.pairwise(due)] == pytest.approx(
+        [b - a for a, b in itertools.pairwise(offsets)], abs=1e-6
+    )
+    assert all(row.start_s >= (row.scheduled_s or 0) for row in result.samples)
 
 
 def test_a_late_generator_shows_in_the_latency() -> None:
@@ -193,7 +211,7 @@ def test_a_late_generator_shows_in_the_latency() -> None:
 
 def test_too_many_in_flight_are_errors_and_the_schedule_goes_on() -> None:
     result = opened(
-        Pretend([0.2]), rate_per_s=200, arrival="constant", requests=10, max_in_flight=4
+        Pretend([0.5]), rate_per_s=200, arrival="constant", requests=10, max_in_flight=4
     )
     errors = [row.error for row in result.samples]
     assert errors[:4] == [""] * 4 and errors[4:] == [NOT_SENT] * 6
@@ -263,6 +281,23 @@ def test_load_over_http() -> None:
     assert [row.output_tokens for row in result.samples] == [5, 2] * 10
     assert metrics.error_rate(result.samples) == 0
     assert metrics.throughput(result.samples) > 0
+
+
+def test_a_server_that_stalls_does_not_hold_up_the_schedule() -> None:
+    async def stalls(answer: Answer) -> None:
+        await answer.head()
+        await asyncio.sleep(60)
+
+    with thread_of(stalls) as url:
+        result = run_load(
+            lambda: HttpClient(f"{url}/v1/completions", model="m", total_s=0.5),
+            lambda client: open_loop(
+                client, [[1]], rate_per_s=100, arrival="constant", requests=20, output_lengths=3
+            ),
+        )
+    due = [row.scheduled_s or 0.0 for row in result.samples]
+    assert due[-1] - due[0] == pytest.approx(0.19, abs=1e-6)
+    assert {row.error for row in result.samples} == {"timeout: not done after 0.5 s"}
 
 
 def test_a_server_that_fails_now_and_then_leaves_the_rest() -> None:

@@ -21,12 +21,13 @@ VARIABLE = "COMPRESSOR_LLAMA_SERVER"
 BINARY = "llama-server"
 SERVED_NAME = "model"
 _HELP_SECONDS = 60.0
+_SPARE_TOKENS = 2  # a slot stops one token before it is full
 # Flags that not every version has, with what they are for.
 _OPTIONAL = {
     "--cache-ram": ["--cache-ram", "0"],  # else it keeps prompts of the past in memory
     "--no-webui": ["--no-webui"],
 }
-_FILE_TYPE = re.compile(r"file type\s*=\s*(\S+)")
+_FILE_TYPE = re.compile(r"file type\s*=\s*([^(\n]*[^(\s])")
 _SYSTEM = re.compile(r"system_info: (.+)")
 
 
@@ -44,6 +45,18 @@ def llama_server(binary: str | Path | None = None) -> Path:
             f"{BINARY} on the PATH, or set {VARIABLE} to its path",
         )
     return Path(found).absolute()
+
+
+def gguf_file_type(path: Path) -> str | None:
+    """What a GGUF file says its weights mostly are, such as ``Q4_0``; None when it does not."""
+    from gguf import GGUFReader, LlamaFileType
+
+    try:
+        field = GGUFReader(path).get_field("general.file_type")
+        name = LlamaFileType(field.contents()).name if field else None
+    except (ValueError, OSError, IndexError, KeyError):
+        return None
+    return name.removeprefix("MOSTLY_").removeprefix("ALL_") if name else None
 
 
 class LlamaCppServer(ServerProcess):
@@ -108,7 +121,7 @@ class LlamaCppServer(ServerProcess):
             str(self.binary), "--model", str(self.model), "--alias", SERVED_NAME,
             "--host", HOST, "--port", str(self.port),
             "--parallel", str(self.parallel),
-            "--ctx-size", str(self.parallel * self.context_length),
+            "--ctx-size", str(self.parallel * (self.context_length + _SPARE_TOKENS)),
             *threads, *self._optional, *self.flags,
         ]  # fmt: skip
 
@@ -157,15 +170,16 @@ class LlamaCppServer(ServerProcess):
     def metadata(self) -> dict[str, Any]:
         """Facts about the started server; what it does not tell is None."""
         log = self.log.read_text(encoding="utf-8", errors="replace")
-        file_type, system = _FILE_TYPE.search(log), _SYSTEM.search(log)
+        told, system = _FILE_TYPE.search(log), _SYSTEM.search(log)
+        file_type = told[1] if told else gguf_file_type(self.model)
         properties = self.get("/props")
         settings = properties.get("default_generation_settings") or {}
         return {
             **super().metadata(),
             "engine_version": properties.get("build_info") or self._version(),
             "binary": str(self.binary),
-            "dtype": file_type[1] if file_type else None,
-            "kernel": f"ggml {file_type[1]}" if file_type else "ggml",
+            "dtype": file_type,
+            "kernel": f"ggml {file_type}" if file_type else "ggml",
             "system": system[1].strip() if system else None,
             "slots": properties.get("total_slots"),
             "slot_context_tokens": settings.get("n_ctx"),
