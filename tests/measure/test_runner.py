@@ -9,12 +9,38 @@ import pytest
 import torch
 
 from compressor.errors import RecipeError, RunError
-from compressor.measure import points
+from compressor.measure import fleet, points
 from compressor.measure.points import recompute
-from compressor.measure.runner import MeasureSettings, measure
+from compressor.measure.runner import measure as measure_candidates
 from compressor.measure.samples import read_samples, write_samples
+from compressor.measure.settings import MeasureSettings, Point
+from compressor.measure.workload import build_workload, tokenizer_encode
 
-FAST = MeasureSettings(input_length=10, output_length=6, requests=4, rounds=3, dtype="float32")
+FAST = MeasureSettings(
+    input_length=10, output_length=6, requests=4, rounds=3, dtype="float32", batching="static"
+)
+
+
+def measure(
+    loaders: Any,
+    tokenizer: Any,
+    prompts: Any,
+    settings: MeasureSettings,
+    out_dir: Path,
+    *args: Any,
+    **options: Any,
+) -> dict[str, Any]:
+    """In-process variants under a load of `prompts`."""
+    workload = build_workload(
+        prompts,
+        tokenizer_encode(tokenizer),
+        input_length=settings.input_length,
+        count=max(len(prompts), *settings.concurrency, 1),
+        seed=settings.seed,
+        source=settings.prompts,
+    )
+    variants = {name: fleet.in_process(loader, settings) for name, loader in loaders.items()}
+    return measure_candidates(variants, workload, settings, out_dir, *args, **options)
 
 
 @pytest.fixture
@@ -44,7 +70,7 @@ def test_cost_ratio_and_costs_agree(measured: dict[str, Any]) -> None:
 def test_figures_follow_exactly_from_the_files(measured: dict[str, Any], tmp_path: Path) -> None:
     record = json.loads((tmp_path / "ledger.json").read_text())
     assert record == json.loads(json.dumps(measured))
-    assert recompute(tmp_path) == record["performance"]
+    assert recompute(tmp_path) == {key: record[key] for key in ("performance", "economics")}
 
 
 def test_altered_sample_changes_the_figures(measured: dict[str, Any], tmp_path: Path) -> None:
@@ -52,7 +78,7 @@ def test_altered_sample_changes_the_figures(measured: dict[str, Any], tmp_path: 
     rows = read_samples(path)
     assert write_samples(path, rows) == measured["samples"]["small"]["sha256"]
     write_samples(path, rows[1:])
-    assert recompute(tmp_path) != measured["performance"]
+    assert recompute(tmp_path)["performance"] != measured["performance"]
 
 
 def test_variants_take_turns_and_get_the_same_prompts(
@@ -87,20 +113,29 @@ def test_reloading_measures_the_same_points(
         return load
 
     settings = MeasureSettings(
-        input_length=10, output_length=6, requests=4, rounds=3, dtype="float32", keep_loaded=False
+        input_length=10,
+        output_length=6,
+        requests=4,
+        rounds=3,
+        dtype="float32",
+        keep_loaded=False,
+        batching="static",
     )
     result = measure({n: counted(n) for n in loaders}, tokenizer, prompts, settings, tmp_path)
     assert [row["requests"] for row in result["performance"]["small"]] == [6, 12]
     assert result["workload"]["interleaved"] == "every round"
     assert any("reloaded every round" in note for note in result["notes"])
-    assert loads.count("baseline") == 4 and loads.count("small") <= 4
-    assert recompute(tmp_path) == result["performance"]
+    # Each kind of cache is tried once.
+    assert loads.count("baseline") <= 6 and loads.count("small") <= 4
+    assert recompute(tmp_path)["performance"] == result["performance"]
 
 
 def test_auto_dtype_takes_the_fastest_of_each_variant(
     loaders: Any, tokenizer: Any, prompts: Any, tmp_path: Path
 ) -> None:
-    settings = MeasureSettings(input_length=10, output_length=4, requests=2, rounds=2)
+    settings = MeasureSettings(
+        input_length=10, output_length=4, requests=2, rounds=2, batching="static"
+    )
     result = measure(loaders, tokenizer, prompts, settings, tmp_path)
     cache = result["probes"]["baseline"]["cache"]
     for name, probe in result["probes"].items():
@@ -119,7 +154,9 @@ def test_variant_that_runs_in_one_dtype_only_is_measured_in_it(
             raise ValueError("no float32 kernel")
         return loaders["small"](dtype)
 
-    settings = MeasureSettings(input_length=10, output_length=4, requests=2, rounds=2)
+    settings = MeasureSettings(
+        input_length=10, output_length=4, requests=2, rounds=2, batching="static"
+    )
     variants = {"baseline": loaders["baseline"], "picky": picky}
     result = measure(variants, tokenizer, prompts, settings, tmp_path)
     assert result["probes"]["picky"]["dtype"] == "bfloat16"
@@ -166,6 +203,86 @@ def test_progress_reaches_its_total(
     assert totals == {"prepare measurement": [2, 2], "measure": [12, 12]}
 
 
+def test_continuous_batching_is_the_default(
+    loaders: Any, tokenizer: Any, prompts: Any, tmp_path: Path
+) -> None:
+    settings = MeasureSettings(
+        input_length=10, output_length=6, requests=4, rounds=2, dtype="float32"
+    )
+    result = measure(loaders, tokenizer, prompts, settings, tmp_path)
+    assert {engine["batching"] for engine in result["engines"].values()} == {"continuous"}
+    for rows in result["performance"].values():
+        assert [row["output_tokens"] for row in rows] == [6 * row["requests"] for row in rows]
+        assert all(row["error_rate"] == 0 for row in rows)
+    assert recompute(tmp_path) == json.loads(
+        json.dumps({key: result[key] for key in ("performance", "economics")})
+    )
+
+
+def test_open_loop_has_a_row_for_each_rate(
+    loaders: Any, tokenizer: Any, prompts: Any, tmp_path: Path
+) -> None:
+    settings = MeasureSettings(
+        input_length=10, output_length=4, requests=8, rounds=2, dtype="float32",
+        concurrency=(2,), rate_per_s=(200.0, 50.0), seed=3,
+    )  # fmt: skip
+    result = measure(loaders, tokenizer, prompts, settings, tmp_path)
+    for name, rows in result["performance"].items():
+        assert [(row["concurrency"], row["rate_per_s"]) for row in rows] == [
+            (2, None), (0, 50.0), (0, 200.0)
+        ]  # fmt: skip
+        samples = read_samples(tmp_path / result["samples"][name]["path"])
+        opened = [one for one in samples if one.rate_per_s]
+        assert all(one.scheduled_s <= one.start_s + 1e-6 for one in opened)  # type: ignore[operator]
+        due = {(one.rate_per_s, one.request_id.split("/", 2)[2]): one.scheduled_s for one in opened}
+        assert len(due) == 16
+    assert result["workload"]["requests"] == {"c2": 8, "q50": 8, "q200": 8}
+    assert result["economics"]["small"]["scenarios"]["rows"]
+
+
+def test_variant_whose_engine_dies_is_taken_out(
+    loaders: Any, tokenizer: Any, prompts: Any, tmp_path: Path
+) -> None:
+    """It serves warm-up and some requests, then its model raises for good."""
+
+    def dying(dtype: torch.dtype) -> Any:
+        model, calls = loaders["small"](dtype), [0]
+        forward = model.forward
+
+        def count(*args: Any, **options: Any) -> Any:
+            calls[0] += 1
+            if calls[0] > 30:
+                raise RuntimeError("the device fell off")
+            return forward(*args, **options)
+
+        model.forward = count
+        return model
+
+    settings = MeasureSettings(
+        input_length=10, output_length=6, requests=8, rounds=4, dtype="float32"
+    )
+    result = measure({**loaders, "dying": dying}, tokenizer, prompts, settings, tmp_path)
+    assert set(result["performance"]) == {"baseline", "small"}
+    assert "fell off" in result["errors"]["dying"]
+    assert not any(load["variant"] == "dying" for load in result["loads"])
+
+
+def test_list_prices_are_what_an_address_costs(tmp_path: Path, measured: dict[str, Any]) -> None:
+    record = json.loads((tmp_path / "ledger.json").read_text())
+    record["list_prices"] = {
+        "baseline": {"usd_per_mtok_input": 1.0, "usd_per_mtok_output": 4.0},
+        "small": {"usd_per_mtok_input": 0.5, "usd_per_mtok_output": None},
+    }
+    (tmp_path / "ledger.json").write_text(json.dumps(record))
+    found = recompute(tmp_path)
+    # 10 prompt tokens and 6 output tokens a request.
+    base, small = (found["performance"][name][0] for name in ("baseline", "small"))
+    assert base["cost_usd_per_mtok_output"]["value"] == pytest.approx(4 + 10 / 6)
+    assert small["cost_usd_per_mtok_output"]["value"] == pytest.approx(0.5 * 10 / 6)
+    assert small["cost_ratio"]["value"] == pytest.approx((4 + 10 / 6) / (5 / 6))
+    assert found["economics"] == {}
+
+
 def test_goal_that_nobody_meets_gives_no_cost(
     loaders: Any, tokenizer: Any, prompts: Any, tmp_path: Path
 ) -> None:
@@ -177,7 +294,7 @@ def test_goal_that_nobody_meets_gives_no_cost(
     row = result["performance"]["small"][0]
     assert row["goal_met_share"] == 0 and row["throughput_tok_s"]["value"] > 0
     assert row["cost_usd_per_mtok_output"] is None and row["cost_ratio"] is None
-    assert recompute(tmp_path) == result["performance"]
+    assert recompute(tmp_path)["performance"] == result["performance"]
 
 
 def test_settings_from_the_recipe_section() -> None:
@@ -200,7 +317,7 @@ def test_settings_from_the_recipe_section() -> None:
     settings = MeasureSettings.from_config(config)
     assert settings.concurrency == (1, 4) and settings.ttft_ms == 500 and settings.tpot_ms is None
     assert settings.prices == {"usd_per_hour": 1.5} and settings.seed == 7
-    assert settings.served(4) == 16 and settings.served(1) == 10
+    assert settings.served(Point(4)) == 16 and settings.served(Point(1)) == 10
     assert MeasureSettings.from_config({}) == MeasureSettings()
 
 
@@ -235,7 +352,7 @@ def test_variant_names_are_no_paths(
     variants = {"baseline": loaders["small"], "../../x": loaders["small"]}
     measure(variants, tokenizer, prompts, FAST, tmp_path / "a" / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert recompute(tmp_path / "a" / "b")["../../x"]
+    assert recompute(tmp_path / "a" / "b")["performance"]["../../x"]
 
 
 def test_ledger_name_is_that_of_the_run_directory() -> None:

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from compressor.errors import RecipeError
-from compressor.measure.workload import build_workload, tokenizer_encode, tokens_sha256
+from compressor.measure.workload import (
+    build_workload,
+    prompts_sha256,
+    tokenizer_encode,
+    tokens_sha256,
+)
 
 
 def encode(text: str) -> list[int]:
@@ -22,22 +27,42 @@ def build(texts: list[str], **changes: Any) -> Any:
 def test_every_prompt_has_the_length_and_starts_where_a_text_starts() -> None:
     texts = ["alpha text", "beta text that is long enough", "gamma"]
     load = build(texts)
-    assert load.tokens.shape == (3, 12) and load.tokens.dtype == np.int32
+    assert [len(row) for row in load.tokens] == [12] * 3 and load.input_length == 12
     starts = {chr(row[0]) for row in load.tokens}
     assert starts == {"a", "b", "g"}
 
 
 def test_seed_decides_order_and_hash() -> None:
     texts = [f"{index} is a number" for index in range(20)]
-    assert build(texts).sha256 == build(texts).sha256
-    assert build(texts).sha256 != build(texts, seed=1).sha256
+    digest = [build(texts, seed=seed).describe()["prompts_sha256"] for seed in (0, 0, 1)]
+    assert digest[0] == digest[1] != digest[2]
 
 
 def test_more_prompts_than_texts_goes_round() -> None:
     load = build(["abc", "defg"], count=5)
-    assert load.tokens.shape == (5, 12)
-    assert load.tokens[0].tolist() == load.tokens[2].tolist()
-    assert load.batch(4, 2) == [load.tokens[4].tolist(), load.tokens[0].tolist()]
+    assert len(load.tokens) == 5 and load.tokens[0] == load.tokens[2] == load.tokens[4]
+
+
+def test_without_a_length_prompts_are_whole() -> None:
+    load = build(["abc", "defg"], input_length=None, count=3)
+    assert sorted(map(len, load.tokens)) in ([3, 3, 4], [3, 4, 4])
+    assert load.input_length is None and load.longest == 4
+    facts = load.describe()
+    assert facts["input_tokens"]["least"] == 3 and facts["prompts_sha256"] == prompts_sha256(
+        load.tokens
+    )
+    assert prompts_sha256([[1, 2], [3]]) != prompts_sha256([[1], [2, 3]])
+
+
+def test_chat_template_wraps_each_prompt(tokenizer: Any) -> None:
+    with pytest.raises(RecipeError, match="no chat template"):
+        tokenizer_encode(tokenizer, chat_template=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}the {{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %} dog{% endif %}"
+    )
+    plain = tokenizer_encode(tokenizer)
+    assert tokenizer_encode(tokenizer, chat_template=True)("fox") == plain("the fox dog")
 
 
 @pytest.mark.parametrize("texts", [[], ["", "  \n"]])
