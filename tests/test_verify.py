@@ -328,6 +328,16 @@ def test_estimates_are_calibrated_on_the_baseline_and_compared_with_every_point(
     assert done.returncode == 0 and "estimate against measurement" in done.stdout
 
 
+def test_flipped_bits_inside_compressed_files_are_failures(run: Path) -> None:
+    for name in (SAMPLES, "prompts.jsonl.gz", "scores/int8/novel.safetensors"):
+        data = bytearray((run / name).read_bytes())
+        for place in range(12, 40):
+            data[place] ^= 255
+        (run / name).write_bytes(data)
+    found = verify(run)
+    assert {one.file for one in found.failures} >= {SAMPLES, "prompts.jsonl.gz"}
+
+
 def test_a_directory_that_is_no_run_is_one_error(tmp_path: Path) -> None:
     done = compress("verify", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 1 and "stages.json" in done.stderr and "fix:" in done.stderr

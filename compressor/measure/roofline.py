@@ -421,7 +421,7 @@ class Comparison:
         }
 
 
-def compare(run_dir: Path, device: Device) -> Comparison:
+def compare(run_dir: Path, device: Device, dims: Dimensions | None = None) -> Comparison:
     """Predict every measured point of a run and say how far off the predictions are.
 
     The efficiency is calibrated on the baseline alone, so that the other variants' errors say what
@@ -430,22 +430,24 @@ def compare(run_dir: Path, device: Device) -> Comparison:
     Args:
         run_dir: a run with a measurement.
         device: the one it ran on.
+        dims: of the run's model; when not given, from the baseline's artifact.
 
-    Raises RunError when the run holds no measurement or no artifact of the baseline.
+    Raises RunError when the run holds no measurement, or no artifact of the baseline is there.
     """
     from compressor.models.dimensions import read_dimensions
     from compressor.report.write import read_report
 
     report = read_report(run_dir / "report" / "report.json")
     variants = [variant for variant in report["variants"] if variant["performance"]]
-    if not variants or not report["variants"][0]["artifacts"]:
+    if not variants or not (dims or report["variants"][0]["artifacts"]):
         raise RunError(
             "the run holds no measured points, or no artifact of its baseline",
             where=str(run_dir),
             fix="give a run whose recipe has a measure section",
         )
     load = report["workload"]
-    dims = read_dimensions(str(run_dir / report["variants"][0]["artifacts"][0]["path"]))
+    if dims is None:
+        dims = read_dimensions(str(run_dir / report["variants"][0]["artifacts"][0]["path"]))
     dims = replace(dims, name=report["model"]["source"])
     lengths = {key: load[key] for key in ("input_length", "output_length")}
     found = []
@@ -489,11 +491,6 @@ def run_setup(dims: Dimensions, variant: Mapping[str, Any], dtype: str) -> Setup
 
     What is not quantized counts in the dtype that it was measured in.
     """
-    artifacts = variant["artifacts"]
-    sizes = ((artifacts[0]["tensors"] or {}) if artifacts else {}).get("bytes_by_scheme", {})
-    quantized = {name: size for name, size in sizes.items() if name not in FLOATS}
-    if not quantized:
-        return Setup(dims, dtype=dtype)
     scheme = None
     for name in (variant["scheme"] or "").split(" ")[0].split("/"):
         try:
@@ -501,8 +498,12 @@ def run_setup(dims: Dimensions, variant: Mapping[str, Any], dtype: str) -> Setup
             break
         except ValueError:
             continue  # a library's own, such as NF4
+    artifacts = variant["artifacts"]
+    sizes = ((artifacts[0]["tensors"] or {}) if artifacts else {}).get("bytes_by_scheme", {})
+    total = float(sum(size for name, size in sizes.items() if name not in FLOATS))
+    if not total:
+        return Setup(dims, scheme, dtype)
     layers = (variant["quantization"] or {}).get("layers", [])
-    total = float(sum(quantized.values()))
     if any(layer["name"] == "lm_head" for layer in layers):
         # The artifact's sizes do not tell the output layer apart: share by parameters.
         blocks = sum(linear.parameters for linear in dims.linears)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def read_samples(path: Path) -> list[RequestSample]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             return [RequestSample.from_dict(json.loads(line)) for line in file]
-    except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError) as error:
         raise RunError(
             f"the raw samples cannot be read: {error}",
             where=str(path),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def read_prompts(path: Path) -> list[list[int]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             return [[int(token) for token in json.loads(line)] for line in file]
-    except (OSError, EOFError, ValueError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
         raise RunError(
             f"the workload's prompts cannot be read: {error}",
             where=str(path),
