@@ -245,7 +245,7 @@ def _variant(plan: Plan, outcome: _Outcome, run_dir: Path, name: str) -> dict[st
     for stage_name, stored in done.items():
         if stored.manifest["kind"] == "export" and stored.manifest["variant"] == name:
             entry["artifacts"].append(_artifact(stored, run_dir, stage_name))
-            entry["size_bytes"] = stored.result["size_bytes"]
+            entry["size_bytes"] = entry["size_bytes"] or stored.result["size_bytes"]
     return entry
 
 

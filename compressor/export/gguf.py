@@ -75,18 +75,6 @@ class Conversion:
     notes: list[str] = field(default_factory=list)
 
 
-def check(model: CausalLM, *, kv_cache: bool = False) -> None:
-    """Raise `RunError` where a model (or its cache) cannot be exported."""
-    Layout(model.config)
-    if kv_cache:
-        raise RunError(
-            "GGUF holds no scales of cached keys and values",
-            where="kv_cache",
-            fix="remove `kv_cache:` from the variant (llama-server rounds its cache by "
-            "--cache-type-k q8_0), or gguf from `export:`",
-        )
-
-
 def export(
     model_dir: Path,
     quantized: Iterable[tuple[str, QuantizedTensor, Scheme]],
@@ -261,9 +249,8 @@ def compare_tensors(
     model = CausalLM.open(source_dir)
     layout = Layout(model.config)
     written = {tensor.name: tensor for tensor in GGUFReader(directory / FILE).tensors}
-    scheme_of, expected = {}, set(layout.extra())
-    for linear, scheme in schemes.items():
-        scheme_of[layout.name(f"{linear}.weight") or linear] = scheme
+    scheme_of = {layout.name(f"{name}.weight") or name: one for name, one in schemes.items()}
+    expected = {*layout.extra(), *scheme_of}
     missing = set(lost) | set(unread)
     shared = model.head_key() if model.head_is_tied else None
     for key in Checkpoint(source_dir).names:

@@ -86,16 +86,15 @@ def add_vocabulary(writer: GGUFWriter, directory: Path, size: int) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     file = directory / "tokenizer.json"
-    parsed = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    model = (parsed or {}).get("model", {})
+    # As transformers runs it: for some families it puts its own splitter in the file's place.
+    parsed = json.loads(tokenizer.backend_tokenizer.to_str()) if file.is_file() else {}
+    model = parsed.get("model", {})
     merges = False
     if (directory / "tokenizer.model").is_file():
         _sentencepiece(writer, directory, tokenizer, size)
     elif model.get("type") == "BPE" and model.get("byte_fallback"):
-        assert parsed is not None
         _json_pieces(writer, parsed, tokenizer, size, file)
     elif model.get("type") == "BPE":
-        assert parsed is not None
         _byte_level(writer, parsed, tokenizer, size, file)
         merges = True
     else:
@@ -223,7 +222,9 @@ def _sentencepiece(writer: GGUFWriter, directory: Path, tokenizer: Any, size: in
 
 def _tokens(tokenizer: Any, size: int, where: Path) -> tuple[list[str], list[int], dict[str, int]]:
     """Text and kind of every token by its id, and the tokenizer's own ids by text."""
-    ids = dict(tokenizer.get_vocab())
+    known = _names(json.loads(where.read_text(encoding="utf-8")))
+    # transformers adds tokens of its own that the file lacks: those without an embedding are none.
+    ids = {t: i for t, i in tokenizer.get_vocab().items() if i < size or t in known}
     if max(ids.values()) >= size:
         raise RunError(
             f"the tokenizer has token {max(ids.values())}, the model only {size} embeddings",
@@ -238,6 +239,11 @@ def _tokens(tokenizer: Any, size: int, where: Path) -> tuple[list[str], list[int
         if index in added:
             types[index], tokens[index] = _added(added[index])
     return tokens, types, ids
+
+
+def _names(parsed: dict[str, Any]) -> set[str]:
+    """Every token of a tokenizer.json whose model has a vocabulary by name."""
+    return set(parsed["model"]["vocab"]) | {one["content"] for one in parsed["added_tokens"]}
 
 
 def _added(token: Any) -> tuple[int, str]:
