@@ -45,8 +45,14 @@ echo "setup: building llama.cpp for this CPU" >&2
 cmake -S "$source" -B "$root/build" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
   -DGGML_NATIVE=ON -DGGML_CCACHE=OFF -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_TESTS=OFF \
   -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF \
-  -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF >"$root/cmake.log"
-cmake --build "$root/build" -j "$(nproc)" --target "${tools[@]}" >"$root/build.log"
+  -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF >"$root/cmake.log" 2>&1 || {
+  tail -n 20 "$root/cmake.log" >&2
+  exit 1
+}
+cmake --build "$root/build" -j "$(nproc)" --target "${tools[@]}" >"$root/build.log" 2>&1 || {
+  tail -n 20 "$root/build.log" >&2
+  exit 1
+}
 for tool in "${tools[@]}"; do
   install -s "$root/build/bin/$tool" "$root/bin/$tool"
 done

@@ -54,6 +54,7 @@ _FILE_TYPES = {
 }
 _FLOATS = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type.BF16}
 _FLOAT16_MAX = 65504.0
+_EMBEDDINGS = "token_embd.weight"
 _OUTPUT = "output.weight"  # the output layer, where it does not share the embeddings
 
 
@@ -105,8 +106,9 @@ def export(
     layout = Layout(model.config)
     source = Checkpoint(model_dir)
     skipped = set(model.unread())
-    if model.head_is_tied:  # a checkpoint may hold the shared weight twice
-        skipped |= {f"{ref.name}.weight" for ref in (model.head(),) if ref} - {model.head_key()}
+    shared = model.head_key() if model.head_is_tied else None
+    if shared is not None:  # a checkpoint may hold the shared weight twice
+        skipped |= {f"{ref.name}.weight" for ref in (model.head(),) if ref} - {shared}
     directory.mkdir(parents=True, exist_ok=True)
     done: set[str] = set()
     found = Conversion()
@@ -119,9 +121,10 @@ def export(
             if order is not None:
                 tensor = permute_rows(tensor, order)
             kind, data = _linear(name, tensor, found)
-            writer.add_tensor(_place(layout, f"{name}.weight", name == head), data, raw_dtype=kind)
+            place = _OUTPUT if name == head else _place(layout, f"{name}.weight")
+            writer.add_tensor(place, data, raw_dtype=kind)
             sizes[kind] += tensor.codes.numel()
-            if not (name == head and model.head_is_tied):
+            if not (name == head and shared is not None):
                 done.add(f"{name}.weight")
             if scheme.input_activations is not None and not found.notes:
                 found.notes.append(
@@ -137,7 +140,8 @@ def export(
             value = source.tensor(key) if value is None else value
             order = layout.row_order(key)
             kind, data = _dense(value if order is None else value[order])
-            writer.add_tensor(_place(layout, key, False), data, raw_dtype=kind)
+            place = _EMBEDDINGS if key == shared else _place(layout, key)
+            writer.add_tensor(place, data, raw_dtype=kind)
         for key, value in layout.extra().items():
             writer.add_tensor(key, value.numpy(), raw_dtype=Type.F32)
         _add_metadata(writer, layout, model_dir, found, title, max(sizes, key=lambda k: sizes[k]))
@@ -186,9 +190,9 @@ def _dense(value: torch.Tensor) -> tuple[Type, NDArray[np.generic]]:
     return kind, value.contiguous().numpy()
 
 
-def _place(layout: Layout, key: str, is_head: bool) -> str:
+def _place(layout: Layout, key: str) -> str:
     """Name in the file of a tensor of the checkpoint."""
-    name = _OUTPUT if is_head else layout.name(key)
+    name = layout.name(key)
     if name is None:
         raise RunError(
             f"tensor {key} has no place in a GGUF file of architecture {layout.arch}",
@@ -252,11 +256,10 @@ def compare_tensors(
     scheme_of = {layout.name(f"{name}.weight") or name: one for name, one in schemes.items()}
     expected = {*layout.extra(), *scheme_of}
     missing = set(lost) | set(unread)
-    shared = model.head_key() if model.head_is_tied else None
     for key in Checkpoint(source_dir).names:
         name = layout.name(key)
-        if name == _OUTPUT and shared is not None:
-            name = layout.name(shared)
+        if name == _OUTPUT and model.head_is_tied:
+            name = _EMBEDDINGS
         if name in written:
             expected.add(name)
         elif key not in missing:
