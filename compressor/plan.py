@@ -245,6 +245,8 @@ class _Builder:
                 local={"base_dir": recipe.base_dir},
             )
         exports = [self._export(BASELINE, "compressed-tensors", [model])]
+        if "gguf" in recipe.export:
+            self._export(BASELINE, "gguf", [model])  # early: it tells whether the model can be one
         texts = baseline_scores = None
         if recipe.evaluate is not None:
             texts, baseline_scores = self._baseline_scores(model)
@@ -299,7 +301,9 @@ class _Builder:
             )
             head = variant.lm_head is not None
             for fmt in recipe.export if library is None else (library.format,):
-                exports.append(self._export(name, fmt, [*source, quantized[name]], head=head))
+                stage = self._export(name, fmt, [*source, quantized[name]], head=head)
+                if fmt != "gguf":
+                    exports.append(stage)
         if recipe.evaluate is not None and texts and baseline_scores:
             for name, stage in quantized.items():
                 self.add(

@@ -38,7 +38,7 @@ MAX_NAME = 64
 Name = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=MAX_NAME)
 ]
-Format = Literal["compressed-tensors"]
+Format = Literal["compressed-tensors", "gguf"]
 
 _TAG = "tag:yaml.org,2002:"
 _SCALAR_TAGS = {_TAG + kind for kind in ("str", "int", "float", "bool", "null")}
@@ -496,8 +496,9 @@ class Recipe(_Section):
     export: list[Format] = Field(
         default_factory=_formats,
         min_length=1,
-        description="Formats that artifacts are written in. A variant by bitsandbytes has its "
-        "library's own format instead.",
+        description="Formats that artifacts are written in: compressed-tensors (vLLM, SGLang, TGI, "
+        "transformers) and gguf (llama.cpp). A variant by bitsandbytes has its library's own "
+        "format instead.",
         json_schema_extra={"default": ["compressed-tensors"]},
     )
     output: str = Field("runs", description="Directory of runs, relative to the recipe.")
@@ -520,6 +521,8 @@ class Recipe(_Section):
                     {"loc": ("variants", name)},
                 )
             self._check_schemes(name, variant)
+            if "gguf" in self.export and not variant.library:
+                self._check_gguf(name, variant)
         self._check_engine()
         return self
 
@@ -527,6 +530,15 @@ class Recipe(_Section):
         """The engine finds what it serves."""
         if self.measure is None:
             return
+        engine = self.measure.engine
+        needed = {"llama.cpp": "gguf", "endpoint": None}.get(engine, "compressed-tensors")
+        if needed is not None and needed not in self.export:
+            raise PydanticCustomError(
+                "measured_format",
+                "engine {engine} serves the {needed} artifacts: add that format, or leave out "
+                "`measure:`",
+                {"engine": engine, "needed": needed, "loc": ("export",)},
+            )
         if not self.measure.workload.concurrency and not self.measure.workload.rate_per_s:
             raise PydanticCustomError(
                 "no_load",
@@ -549,6 +561,23 @@ class Recipe(_Section):
                     "name the baseline first, then variants of this recipe",
                     {"loc": ("measure", "endpoints")},
                 )
+
+    def _check_gguf(self, name: str, variant: Variant) -> None:
+        """Nothing is asked for that GGUF cannot hold."""
+        if variant.kv_cache is not None:
+            raise PydanticCustomError(
+                "gguf_cache",
+                "GGUF holds no scales of cached keys and values: remove it, or gguf from `export:`",
+                {"loc": ("variants", name, "kv_cache")},
+            )
+        options = variant.quantizer.options
+        if getattr(options, "desc_act", False) and not getattr(options, "static_groups", True):
+            raise PydanticCustomError(
+                "gguf_order",
+                "GGUF has no columns grouped by activation order: set static_groups beside "
+                "desc_act, or remove gguf from `export:`",
+                {"loc": ("variants", name, "quantize")},
+            )
 
     def _check_schemes(self, name: str, variant: Variant) -> None:
         """Every scheme goes with the quantizer's other options, and with the refinements."""

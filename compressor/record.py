@@ -248,7 +248,7 @@ def _variant(
     for stage in own.values():
         if stage["kind"] == "export":
             entry["artifacts"].append(_artifact(stage))
-            entry["size_bytes"] = stage["result"]["size_bytes"]
+            entry["size_bytes"] = entry["size_bytes"] or stage["result"]["size_bytes"]
     return entry
 
 

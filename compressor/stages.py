@@ -17,8 +17,6 @@ from compressor.plan import Stage
 from compressor.progress import Progress
 from compressor.store import StoredStage
 
-GGUF = "gguf"
-
 if TYPE_CHECKING:
     from torch import nn
 
@@ -286,7 +284,7 @@ def _quantize_by_library(context: Context, cls: Any, options: dict[str, Any]) ->
 
 def export(context: Context) -> dict[str, Any]:
     """Write one variant in one format, with the hash of every file."""
-    from compressor.export import bitsandbytes
+    from compressor.export import bitsandbytes, gguf
     from compressor.export import compressed_tensors as formats
     from compressor.numerics.scheme import KV_CACHE
     from compressor.quantize.bitsandbytes import iterate_tensors
@@ -304,7 +302,19 @@ def export(context: Context) -> dict[str, Any]:
     }
     target = context.directory / "artifact"
     with context.progress.task(f"export {context.stage.variant}", None):
-        if quantized is None:
+        if context.config["format"] == gguf.NAME:
+            for stored in context.inputs.values():
+                stored.verify()
+            gguf.export(
+                context.model_dir,
+                iterate_quantized(quantized.path) if quantized else (),
+                provenance,
+                target,
+                replaced=replaced_tensors(quantized.path) if quantized else None,
+                head=quantized.result.get("head") if quantized else None,
+                title=f"{Path(load.result['source']).stem} {context.config['variant']}",
+            )
+        elif quantized is None:
             formats.export_dense(context.model_dir, provenance, target)
         elif context.config["format"] == bitsandbytes.NAME:
             for stored in context.inputs.values():
@@ -341,18 +351,25 @@ def _tensor_ledger(context: Context, artifact: Path) -> dict[str, Any]:
     """The artifact's tensors against the source's, also where a rotated checkpoint lies between."""
     from dataclasses import asdict
 
+    from compressor.export import gguf
     from compressor.export.ledger import compare_tensors
     from compressor.models.checkpoint import Checkpoint
     from compressor.quantize.driver import read_layers
 
     load, quantized = context.need("load"), context.find("quantize")
     layers = read_layers(quantized.path) if quantized else []
+    schemes = {layer["name"]: layer["scheme"]["name"] for layer in layers if "scheme" in layer}
+    unread, lost = load.result["unread"], load.result["lost"]
+    if context.config["format"] == gguf.NAME:
+        return asdict(
+            gguf.compare_tensors(context.baseline_dir, artifact, schemes, unread=unread, lost=lost)
+        )
     ledger = compare_tensors(
         Checkpoint(context.baseline_dir),
         Checkpoint(artifact),
-        {layer["name"]: layer["scheme"]["name"] for layer in layers if "scheme" in layer},
-        unread=load.result["unread"],
-        lost=load.result["lost"],
+        schemes,
+        unread=unread,
+        lost=lost,
     )
     return asdict(ledger)
 
@@ -399,7 +416,7 @@ def measure(context: Context) -> dict[str, Any]:
 
     from compressor.data.sources import load_texts
     from compressor.measure import fleet, runner
-    from compressor.measure.settings import MeasureSettings
+    from compressor.measure.settings import MeasureSettings, serves
     from compressor.measure.workload import build_workload, tokenizer_encode
 
     settings = MeasureSettings.from_config(context.config)
@@ -407,9 +424,7 @@ def measure(context: Context) -> dict[str, Any]:
     for stored in context.inputs.values():
         if stored.manifest["kind"] != "export":
             continue
-        if settings.engine == "llama.cpp" and stored.result["format"] != GGUF:
-            continue
-        if settings.engine in ("transformers", "vllm") and stored.result["format"] == GGUF:
+        if not serves(settings.engine, stored.result["format"]):
             continue
         stored.verify()
         artifacts.setdefault(stored.manifest["variant"], stored)

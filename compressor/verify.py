@@ -486,6 +486,8 @@ def _impossible(sample: Any, variant: str, prompts: Sequence[Sequence[int]]) -> 
 
 def _check_load(run: _Run, check: Check) -> None:
     """The ledger's load and sizes are those of the recipe and the artifacts."""
+    from compressor.measure.settings import serves
+
     measured = run.stage("measure")
     if run.ledger is None or measured is None:
         check.note = "nothing was measured"
@@ -500,7 +502,8 @@ def _check_load(run: _Run, check: Check) -> None:
     check.expect(record.LEDGER, "workload.goal", load["goal"], asked["slo"])
     sizes: dict[str, int] = {}
     for stage in run.of_kind("export"):
-        sizes.setdefault(stage["variant"], stage["result"]["size_bytes"])
+        if serves(run.ledger["workload"]["engine"], stage["result"]["format"]):
+            sizes.setdefault(stage["variant"], stage["result"]["size_bytes"])
     sizes = {name: size for name, size in sizes.items() if name in run.ledger["samples"]}
     check.expect(record.LEDGER, "artifact_bytes", run.ledger["artifact_bytes"], sizes)
 

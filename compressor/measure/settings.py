@@ -157,6 +157,11 @@ class MeasureSettings:
         return metrics.Goal(self.ttft_ms, self.tpot_ms)
 
 
+def serves(engine: str, fmt: str) -> bool:
+    """Whether an engine serves artifacts of a format."""
+    return (fmt == "gguf") == (engine == "llama.cpp") and engine != "endpoint"
+
+
 @dataclass(frozen=True)
 class Point:
     """A point of the sweep: so many requests in flight, or so many arriving per second."""

@@ -124,7 +124,7 @@ def test_reloading_measures_the_same_points(
     result = measure({n: counted(n) for n in loaders}, tokenizer, prompts, settings, tmp_path)
     assert [row["requests"] for row in result["performance"]["small"]] == [6, 12]
     assert result["workload"]["interleaved"] == "every round"
-    assert any("reloaded every round" in note for note in result["notes"])
+    assert any("started anew every round" in note for note in result["notes"])
     # Each kind of cache is tried once.
     assert loads.count("baseline") <= 6 and loads.count("small") <= 4
     assert recompute(tmp_path)["performance"] == result["performance"]
