@@ -9,8 +9,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from compressor.errors import RunError
+from compressor.measure import scenarios
 from compressor.report.model import SCHEMA_VERSION, ReportModel
-from compressor.report.verdict import QUALITY_LIMIT, make_verdict
+from compressor.report.verdict import (
+    QUALITY_LIMIT,
+    headline_concurrency,
+    make_verdict,
+    row_at,
+)
 
 
 def validate_report(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,13 +113,45 @@ def build_report(
         },
         "prices": dict(measured["prices"]) if measured else None,
         "workload": _workload(measured) if measured else None,
+        "economics": copy.deepcopy(measured["economics"]) if measured else {},
         "stages": [dict(stage) for stage in stages],
         "notes": all_notes,
         "record": dict(record or {}),
     }
     report = validate_report(report)
+    _fill_break_even(report)
     report["verdict"] = make_verdict(report, quality_limit)
     return validate_report(report)
+
+
+def _fill_break_even(report: dict[str, Any]) -> None:
+    """Where both costs are known: when the variant's own stages have paid for themselves."""
+    point = headline_concurrency(report)
+    rows = {variant["name"]: row_at(variant, point) for variant in report["variants"]}
+    first = rows.get(report["baseline"])
+    prices = report["prices"]
+    if first is None or prices is None or not first["components_usd_per_hour"]:
+        return
+    for variant in report["variants"]:
+        row = rows[variant["name"]]
+        if variant["name"] == report["baseline"] or row is None:
+            continue
+        own = [
+            stage["seconds"]
+            for stage in report["stages"]
+            if stage["variant"] == variant["name"] and stage["kind"] in ("quantize", "export")
+        ]
+        if not own or None in own or not row["cost_usd_per_mtok_output"]:
+            continue
+        variant["break_even"] = scenarios.break_even(
+            run_seconds=sum(own),
+            run_usd_per_hour=sum(first["components_usd_per_hour"].values()),
+            baseline_usd_per_mtok=first["cost_usd_per_mtok_output"]["value"],
+            variant_usd_per_mtok=row["cost_usd_per_mtok_output"]["value"],
+            tokens_per_second=row["goodput_tok_s"]["value"],
+            utilisation=prices["utilisation"],
+            currency=prices["currency"],
+        ).to_dict()
 
 
 def _workload(measured: Mapping[str, Any]) -> dict[str, Any]:

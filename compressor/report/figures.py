@@ -58,6 +58,17 @@ def seconds(value: float | None) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def currency(report: Mapping[str, Any]) -> str:
+    """What money is counted in."""
+    return (report["prices"] or {}).get("currency") or "USD"
+
+
+def load(row: Mapping[str, Any]) -> str:
+    """The point of a performance row: so many requests at the same time, or arriving a second."""
+    rate = row.get("rate_per_s")
+    return f"concurrency {row['concurrency']}" if rate is None else f"{number(rate)} requests/s"
+
+
 def between(interval: Mapping[str, Any] | None, digits: int = 3) -> str:
     """``low to high``, or empty when there is no interval."""
     if not interval or interval.get("low") is None or interval.get("high") is None:

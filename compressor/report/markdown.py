@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressor.report import coverage, tables
+from compressor.report.table import Table
 
 
 def escape(text: str) -> str:
@@ -20,7 +21,7 @@ def _cell(text: str) -> str:
     return escape(first) + "".join(f" ({escape(part)})" for part in rest)
 
 
-def table_markdown(table: tables.Table) -> str:
+def table_markdown(table: Table) -> str:
     """A pipe table with its note, figures to the right."""
     count = len(table.headers)
     align = ["---" if index < table.text_columns else "---:" for index in range(count)]

@@ -136,8 +136,46 @@ class Quality(Strict):
     top1_agreement: float | None = None
 
 
+class Steady(Strict):
+    """Rounds of a point in which the load came to a steady state, and why not in the others."""
+
+    rounds: int
+    of: int
+    reasons: list[str] = []
+
+
+class Energy(Strict):
+    """Energy over all rounds of a point; tokens are output tokens, PUE is in the figures per token.
+
+    `method`: nvml or rapl (measured), or declared watts.
+    """
+
+    method: str
+    joules: float
+    mean_watts: float
+    joules_per_output_token: float
+    gco2e_per_output_token: float | None = None
+    utilisation_percent: float | None = None
+    utilisation_of: str | None = None
+
+
+class BreakEven(Strict):
+    """Tokens after which compressing a variant has paid for itself; null where it never does."""
+
+    run_cost_usd: float
+    saving_usd_per_mtok: float
+    tokens: float | None
+    days: float | None
+    reason: str
+    currency: str
+    formula: str
+
+
 class Performance(Strict):
-    """Speed and cost of one variant at one concurrency; the unit is in each name.
+    """Speed and cost of one variant at one point of the load; the unit is in each name.
+
+    `rate_per_s` is the arrival rate of an open loop, whose `concurrency` is 0. Latencies are of the
+    requests answered, `error_rate` is the share of the others.
 
     `cost_ratio` is the baseline's cost / the variant's: above 1 the variant is cheaper. Costs rest
     on goodput: tokens of requests inside the service level objective, prefill time included.
@@ -165,6 +203,12 @@ class Performance(Strict):
     speedup: Interval | None = None
     cost_usd_per_mtok_prefill: float | None = None
     cost_usd_per_mtok_decode: float | None = None
+    rate_per_s: float | None = None
+    itl_ms: Percentiles | None = None
+    end_to_end_ms: Percentiles | None = None
+    error_rate: float | None = None
+    steady: Steady | None = None
+    energy: Energy | None = None
 
 
 class ArtifactFile(Strict):
@@ -215,6 +259,7 @@ class Variant(Strict):
     quantization: Quantization | None = None
     quality: list[Quality] = []
     performance: list[Performance] = []
+    break_even: BreakEven | None = None
     artifacts: list[Artifact] = []
 
 
@@ -266,6 +311,7 @@ class ReportModel(Strict):
     verdict: Verdict
     prices: dict[str, Any] | None
     workload: dict[str, Any] | None
+    economics: dict[str, Any] = {}
     stages: list[Stage]
     notes: list[str]
     record: dict[str, str] = {}

@@ -17,6 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from compressor.report import figures
+from compressor.report.verdict import comparable
+
 # Okabe and Ito's palette, readable with the common colour blindnesses; the marker tells them apart
 # in greyscale. The lightest (yellow) is left out.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -79,7 +82,7 @@ def _points(report: Mapping[str, Any], text: str, concurrency: int | None) -> li
             cost = next(
                 (
                     row["cost_usd_per_mtok_output"]
-                    for row in variant["performance"]
+                    for row in comparable(variant)
                     if row["concurrency"] == concurrency
                 ),
                 None,
@@ -148,7 +151,7 @@ def _caption(report: Mapping[str, Any], text: str, sweep: list[int | None], show
     if sweep == [None]:
         axis = "weights' size on disk [MB]"
     else:
-        axis = "cost of a million output tokens [USD], prefill included"
+        axis = f"cost of a million output tokens [{figures.currency(report)}], prefill included"
     words = (
         f"Perplexity change against the baseline on {text} [%] over {axis}. Lower left is better; "
         "the star is the baseline. Bars are 95% confidence intervals where they are known (of the "
@@ -173,7 +176,7 @@ def quality_cost_plot(report: Mapping[str, Any]) -> Plot | None:
     if text is None:
         return None
     sweep: list[int | None] = sorted(
-        {row["concurrency"] for variant in report["variants"] for row in variant["performance"]}
+        {row["concurrency"] for variant in report["variants"] for row in comparable(variant)}
     )
     panels = [(value, _points(report, text, value)) for value in sweep or [None]]
     panels = [(value, points) for value, points in panels if points]
@@ -198,7 +201,7 @@ def quality_cost_plot(report: Mapping[str, Any]) -> Plot | None:
                 axes.set_xlabel("size on disk [MB]")
             else:
                 axes.set_title(f"concurrency {value}", fontsize=10, loc="left", color=_INK)
-                axes.set_xlabel("cost [USD per million output tokens]")
+                axes.set_xlabel(f"cost [{figures.currency(report)} per million output tokens]")
             if index % columns == 0:
                 axes.set_ylabel("perplexity change [%]")
         styles = {point.name: point.style for _, points in panels for point in points}

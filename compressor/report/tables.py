@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from compressor.report import figures
+from compressor.report import economics, figures
 from compressor.report.coverage import block_share, named
+from compressor.report.table import Table
 from compressor.report.verdict import row_at, worst_quality
-
-
-@dataclass(frozen=True)
-class Table:
-    """A titled table; `text_columns` leading columns are words, the others figures.
-
-    A cell may hold a second line after a newline: the confidence interval of the first. `marked`
-    is the index of a row to stress.
-    """
-
-    title: str
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    text_columns: int = 1
-    note: str = ""
-    marked: int | None = None
-
 
 _WORST = 5  # layers listed per variant
 
@@ -53,7 +36,7 @@ def _baseline(report: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def summary(report: Mapping[str, Any]) -> Table:
     """One row per variant: size, worst quality, speed and cost at the headline concurrency."""
-    concurrency = report["verdict"]["concurrency"]
+    concurrency, money = report["verdict"]["concurrency"], figures.currency(report)
     baseline = _baseline(report)
     base_size = baseline["size_bytes"] if baseline else None
     rows, marked = [], None
@@ -112,7 +95,7 @@ def summary(report: Mapping[str, Any]) -> Table:
             "Perplexity change",
             "Top-1 agreement",
             "Output [tok/s]",
-            "Cost [USD/Mtok output]",
+            f"Cost [{money}/Mtok output]",
             "Cost gain",
         ),
         tuple(rows),
@@ -170,14 +153,14 @@ def _p(values: Mapping[str, Any]) -> str:
 
 def performance(report: Mapping[str, Any]) -> Table:
     """Every variant at every concurrency."""
-    rows = []
+    rows, money = [], figures.currency(report)
     for variant in report["variants"]:
         for row in variant["performance"]:
             cost, gain = row["cost_usd_per_mtok_output"], row["cost_ratio"]
             rows.append(
                 (
                     f"{variant['name']}\n{row['kernel']}, {row['dtype']}",
-                    str(row["concurrency"]),
+                    figures.load(row).removeprefix("concurrency "),
                     str(row["requests"]),
                     _stacked(
                         figures.number(row["throughput_tok_s"]["value"]),
@@ -220,7 +203,7 @@ def performance(report: Mapping[str, Any]) -> Table:
             "Decode [tok/s]",
             "TTFT [ms]",
             "TPOT [ms]",
-            "Cost [USD/Mtok output]",
+            f"Cost [{money}/Mtok output]",
             "Cost gain",
         ),
         tuple(rows),
@@ -228,13 +211,55 @@ def performance(report: Mapping[str, Any]) -> Table:
     )
 
 
+def latency(report: Mapping[str, Any]) -> Table:
+    """Every latency of every variant at every point, and how sound the load was."""
+    rows = []
+    for variant in report["variants"]:
+        for row in variant["performance"]:
+            if not row.get("end_to_end_ms"):
+                continue
+            steady = row["steady"]
+            rows.append(
+                (
+                    variant["name"],
+                    figures.load(row),
+                    _p(row["ttft_ms"]),
+                    _p(row["itl_ms"]),
+                    _p(row["end_to_end_ms"]),
+                    figures.percent(row["error_rate"], 1),
+                    figures.percent(row["goal_met_share"], 1),
+                    f"{steady['rounds']} of {steady['of']}" if steady else figures.MISSING,
+                )
+            )
+    return Table(
+        "Latency",
+        (
+            "Variant",
+            "Load",
+            "TTFT [ms]",
+            "ITL [ms]",
+            "End to end [ms]",
+            "Failed",
+            "Within the goals",
+            "Steady rounds",
+        ),
+        tuple(rows),
+        text_columns=2,
+        note="p50 / p90 / p99 over requests answered. ITL: between one token and the next. "
+        "Steady: rounds in which output rate and time to first token had no trend once ramp-up "
+        "and ramp-down are set aside; rounds of few requests cannot show it. Figures count all "
+        "requests.",
+    )
+
+
 def costs(report: Mapping[str, Any]) -> Table:
     """The cost ledger: each component, then the cost per million tokens."""
     names = ("accelerator", "host", "energy", "storage", "network")
+    money = figures.currency(report)
     rows = [
         (
             variant["name"],
-            str(row["concurrency"]),
+            figures.load(row).removeprefix("concurrency "),
             *(figures.number(row["components_usd_per_hour"].get(name), 4) for name in names),
             figures.number(sum(row["components_usd_per_hour"].values()), 4),
             figures.number(row["cost_usd_per_mtok_prefill"]),
@@ -251,18 +276,18 @@ def costs(report: Mapping[str, Any]) -> Table:
         (
             "Variant",
             "Concurrency",
-            "Accelerator [USD/h]",
-            "Host [USD/h]",
-            "Energy [USD/h]",
-            "Storage [USD/h]",
-            "Network [USD/h]",
-            "Total [USD/h]",
-            "Prefill alone [USD/Mtok input]",
-            "Decode alone [USD/Mtok output]",
-            "Whole request [USD/Mtok output]",
+            f"Accelerator [{money}/h]",
+            f"Host [{money}/h]",
+            f"Energy [{money}/h]",
+            f"Storage [{money}/h]",
+            f"Network [{money}/h]",
+            f"Total [{money}/h]",
+            f"Prefill alone [{money}/Mtok input]",
+            f"Decode alone [{money}/Mtok output]",
+            f"Whole request [{money}/Mtok output]",
         ),
         tuple(rows),
-        note="USD per million tokens = total [USD/h] / (tokens per second x 3600 / 1e6) / "
+        note="Cost per million tokens = total per hour / (tokens per second x 3600 / 1e6) / "
         "utilisation. On a CPU the accelerator is the instance.",
     )
 
@@ -571,6 +596,8 @@ def body(report: Mapping[str, Any]) -> list[Table]:
         quality(report),
         performance(report),
         costs(report),
+        latency(report),
+        *economics.tables(report),
         quantization(report),
         worst_layers(report),
         experts(report),

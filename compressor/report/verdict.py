@@ -15,16 +15,22 @@ def headline_concurrency(report: Mapping[str, Any]) -> int | None:
     """The point at which the baseline is cheapest: the choice favours no candidate."""
     for variant in report["variants"]:
         if variant["name"] == report["baseline"]:
-            rows = [row for row in variant["performance"] if row["cost_usd_per_mtok_output"]]
+            rows = [row for row in comparable(variant) if row["cost_usd_per_mtok_output"]]
             if rows:
                 best = min(rows, key=lambda row: row["cost_usd_per_mtok_output"]["value"])
                 return best["concurrency"]
     return None
 
 
+def comparable(variant: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that verdict and plot rest on: closed loops, or else the first open one."""
+    rows = variant["performance"]
+    return [row for row in rows if row.get("rate_per_s") is None] or list(rows[:1])
+
+
 def row_at(variant: Mapping[str, Any], concurrency: int | None) -> dict[str, Any] | None:
     """The performance row at a concurrency, or None."""
-    rows = [row for row in variant["performance"] if row["concurrency"] == concurrency]
+    rows = [row for row in comparable(variant) if row["concurrency"] == concurrency]
     return rows[0] if rows else None
 
 
@@ -55,7 +61,7 @@ def cost_words(row: Mapping[str, Any] | None) -> str:
     ratio = row["cost_ratio"] if row else None
     if row is None or not ratio:
         return "its cost was not measured"
-    where = f"at concurrency {row['concurrency']}"
+    where = f"at {figures.load(row)}"
     if ratio["low"] is None or ratio["high"] is None:
         return (
             f"the cost ratio {where} is {figures.ratio(ratio)} without a confidence interval, so "
@@ -86,9 +92,9 @@ def _sentence_of(variant: Mapping[str, Any], concurrency: int | None) -> str:
         return f"{variant['name']}: failed ({variant['error'] or 'no reason given'})."
     parts = [cost_words(row_at(variant, concurrency)), quality_words(variant)]
     parts += [
-        f"cost ratio {figures.ratio(row['cost_ratio'])} at concurrency {row['concurrency']}"
+        f"cost ratio {figures.ratio(row['cost_ratio'])} at {figures.load(row)}"
         for row in variant["performance"]
-        if row["concurrency"] != concurrency and row["cost_ratio"]
+        if row != row_at(variant, concurrency) and row["cost_ratio"]
     ]
     return f"{variant['name']}: {'; '.join(parts)}."
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compressor.measure import metrics, points
+from compressor.measure import points
 from compressor.measure.engines.base import RequestSample
-from compressor.measure.prices import resolve_prices
+from compressor.measure.prices import price_basis, resolve_prices
 
 
 def requests(variant: str, speed: float, *, rounds: int = 5, noise: float = 0.01) -> list[Any]:
@@ -46,17 +46,12 @@ def sample_measurement(speeds: dict[str, float], noise: float = 0.01) -> dict[st
         }
         for name in speeds
     }
-    return {
+    record: dict[str, Any] = {
         "baseline": "baseline",
-        "performance": points.performance(
-            samples,
-            baseline="baseline",
-            engines=engines,
-            prices=prices,
-            artifact_bytes={},
-            seed=0,
-            goal=metrics.Goal(),
-        ),
+        "price_basis": price_basis(prices, gpu_name=None, cpu_count=2) | {"overrides": {}},
+        "list_prices": {},
+        "loads": [],
+        "artifact_bytes": {},
         "workload": {
             "engine": "transformers",
             "prompts": "builtin:prompts",
@@ -93,6 +88,7 @@ def sample_measurement(speeds: dict[str, float], noise: float = 0.01) -> dict[st
         "seconds": 301.2,
         "notes": ["Invented figures for a test of the layout."],
     }
+    return record | points.figures(record, samples)
 
 
 def _layers(error: float) -> list[dict[str, Any]]:
