@@ -323,3 +323,21 @@ def test_starter_recipe_is_valid(tmp_path: Path, source: str) -> None:
     path = tmp_path / default_file(source)
     path.write_text(starter(source, path.name))
     assert load_recipe(path).model.source == source
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "match"),
+    [
+        ("", "    kv_cache: int8\n", "no scales of cached keys"),
+        (", desc_act: true, static_groups: false", "", "set static_groups beside"),
+        ("", "measure: {}\n", "run the compressed-tensors artifacts"),
+    ],
+)
+def test_what_gguf_cannot_hold_is_refused_before_the_run(
+    tmp_path: Path, change: str, more: str, match: str
+) -> None:
+    good = GOOD.replace("group_size: 64", "group_size: 64, desc_act: true")
+    assert load(tmp_path, good + "export: [gguf]\n").export == ["gguf"]  # type: ignore[attr-defined]
+    with pytest.raises(RecipeError, match=match):
+        load(tmp_path, GOOD.replace("group_size: 64", f"group_size: 64{change}") + more
+             + "export: [gguf]\n")  # fmt: skip

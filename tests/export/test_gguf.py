@@ -179,7 +179,7 @@ def test_transformers_computes_the_same_from_the_file(
     codes = tmp_path / "codes"
     if scheme:
         quantize(source, codes, torch.float16, scheme=scheme, group_size=32)
-        stored = StoredStage(codes, {"result": {}})
+        stored = StoredStage("", codes, {"result": {}})
         ours = _quantized_model(source, stored, "cpu")
     else:
         ours = CausalLM.open(source).load_full(torch.float32)
