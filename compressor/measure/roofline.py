@@ -449,10 +449,15 @@ def compare(run_dir: Path, device: Device, dims: Dimensions | None = None) -> Co
     if dims is None:
         dims = read_dimensions(str(run_dir / report["variants"][0]["artifacts"][0]["path"]))
     dims = replace(dims, name=report["model"]["source"])
-    lengths = {key: load[key] for key in ("input_length", "output_length")}
+    lengths = {
+        "input_length": load["input_length"] or round(load["input_tokens"]["mean"]),
+        "output_length": load["output_length"],
+    }
     found = []
     for variant in variants:
         for row in variant["performance"]:
+            if row.get("rate_per_s") is not None:
+                continue  # nobody fixed how many were in flight
             setup = run_setup(dims, variant, row["dtype"])
             bound = estimate_point(setup, device, batch=row["concurrency"], **lengths)
             found.append((variant["name"], setup, row, bound))
