@@ -446,13 +446,14 @@ def measure(context: Context) -> dict[str, Any]:
         chat_template=settings.chat_template,
     )
     logs = context.directory / runner.LOGS
+    if settings.engine in ("vllm", "llama.cpp"):
+        logs.mkdir(parents=True, exist_ok=True)
     variants: dict[str, fleet.Candidates] = {}
     if settings.engine == "endpoint":
         for name, one in settings.endpoints.items():
             variants[name] = fleet.endpoint(one, tokenizer)
     for name, stored in artifacts.items():
         directory, log = stored.path / "artifact", logs / name
-        log.parent.mkdir(parents=True, exist_ok=True)
         if settings.engine == "transformers":
             variants[name] = fleet.in_process(_loader(directory, stored.result["format"]), settings)
         elif settings.engine == "vllm":

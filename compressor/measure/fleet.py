@@ -191,9 +191,9 @@ class Fleet:
         if not errors:
             return
         if not engine.healthy():
-            tail = getattr(engine, "log_tail", lambda: "")()
             message = f"its engine died: {errors[0]}"
-            self.fail(name, RunError(f"{message}\n{tail}" if tail else message))
+            explain = getattr(engine, "failed", RunError)  # a server's has the end of its log
+            self.fail(name, explain(message))
         elif len(errors) == len(result.samples):
             self.fail(name, RunError(f"no request was answered: {errors[0]}"))
 
