@@ -19,6 +19,7 @@ from compressor.measure.engines.process import HOST, ServerProcess
 
 VARIABLE = "COMPRESSOR_LLAMA_SERVER"
 BINARY = "llama-server"
+BUILT = ".llama-cpp/bin/llama-server"
 SERVED_NAME = "model"
 _HELP_SECONDS = 60.0
 _SPARE_TOKENS = 2  # a slot stops one token before it is full
@@ -32,17 +33,18 @@ _SYSTEM = re.compile(r"system_info: (.+)")
 
 
 def llama_server(binary: str | Path | None = None) -> Path:
-    """The server's binary: the one given, else $COMPRESSOR_LLAMA_SERVER, else on the PATH.
+    """The server's binary: the one given, else $COMPRESSOR_LLAMA_SERVER, else what
+    ``scripts/setup_llama_cpp.sh`` built below the working directory, else on the PATH.
 
     RunError when there is none, or when what was named is not there.
     """
     named = str(binary) if binary is not None else os.environ.get(VARIABLE) or None
-    found = shutil.which(named or BINARY)
+    found = shutil.which(named or BUILT) or shutil.which(named or BINARY)
     if found is None:
         raise RunError(
             f"llama.cpp's server was not found: {named or BINARY + ' is not on the PATH'}",
-            fix=f"install llama.cpp (https://github.com/ggml-org/llama.cpp/releases) and put "
-            f"{BINARY} on the PATH, or set {VARIABLE} to its path",
+            fix=f"bash scripts/setup_llama_cpp.sh, or put {BINARY} on the PATH, or set {VARIABLE} "
+            "to its path",
         )
     return Path(found).absolute()
 
