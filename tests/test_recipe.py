@@ -330,7 +330,7 @@ def test_starter_recipe_is_valid(tmp_path: Path, source: str) -> None:
     [
         ("", "    kv_cache: int8\n", "no scales of cached keys"),
         (", desc_act: true, static_groups: false", "", "set static_groups beside"),
-        ("", "measure: {}\n", "run the compressed-tensors artifacts"),
+        ("", "measure: {}\n", "serves the compressed-tensors artifacts"),
     ],
 )
 def test_what_gguf_cannot_hold_is_refused_before_the_run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -108,7 +107,6 @@ class Fleet:
             finally:
                 if engine is not None:
                     engine.stop()
-                    gc.collect()
         if len(candidates) > 1 and not rates:
             assert last is not None
             self.fail(name, last)

@@ -198,7 +198,6 @@ def run_load(
         finally:
             await client.close()
 
-    gc.collect()
     gc.freeze()
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:

@@ -160,7 +160,8 @@ def test_variant_that_runs_in_one_dtype_only_is_measured_in_it(
     variants = {"baseline": loaders["baseline"], "picky": picky}
     result = measure(variants, tokenizer, prompts, settings, tmp_path)
     assert result["probes"]["picky"]["dtype"] == "bfloat16"
-    assert result["probes"]["picky"]["failed"] == {"float32": "no float32 kernel"}
+    failed = result["probes"]["picky"]["failed"]
+    assert failed == {f"float32/{result['probes']['baseline']['cache']}": "no float32 kernel"}
 
 
 def test_failing_variant_leaves_the_others(
