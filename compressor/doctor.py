@@ -21,6 +21,7 @@ _PACKAGES = (
     "compressed-tensors",
     "accelerate",
     "datasets",
+    "aiohttp",
     "gguf",
     "matplotlib",
     "numpy",
