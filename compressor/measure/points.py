@@ -48,8 +48,7 @@ def performance_row(
     prompt_tokens = sum(sample.prompt_tokens for sample in samples if not sample.error)
     output_tokens = sum(sample.output_tokens for sample in samples if not sample.error)
     used = _energy(loads, prices, output_tokens)
-    if used and used["method"] in _MEASURED and not prices.energy_included:
-        prices = with_watts(prices, used["mean_watts"], used["method"])
+    prices = _at_measured_watts(prices, used)
     row: dict[str, Any] = {
         "concurrency": samples[0].concurrency,
         "rate_per_s": samples[0].rate_per_s,
@@ -117,6 +116,13 @@ def performance_row(
             candidate_bytes=artifact_bytes,
         ).to_dict()
     return row
+
+
+def _at_measured_watts(prices: PriceScenario, used: Mapping[str, Any] | None) -> PriceScenario:
+    """The prices with the power that was measured, where energy is paid by what is drawn."""
+    if used and used["method"] in _MEASURED and not prices.energy_included:
+        return with_watts(prices, used["mean_watts"], used["method"])
+    return prices
 
 
 def _steady(samples: Sequence[RequestSample]) -> dict[str, Any]:
@@ -244,10 +250,7 @@ def economics(
             continue
         rate = metrics.Interval(**row["goodput_tok_s"])
         size = record["artifact_bytes"].get(name, 0)
-        scenario = prices
-        used = row["energy"]
-        if used and used["method"] in _MEASURED and not prices.energy_included:
-            scenario = with_watts(prices, used["mean_watts"], used["method"])
+        scenario = _at_measured_watts(prices, row["energy"])
         with price_table(basis["table"] if basis["table"]["rows"] else None):
             table = scenarios.scenario_table(
                 rate,
