@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from compressor.data.tokens import tokens_sha256
 from compressor.errors import RecipeError, RunError
 
 PROMPTS = "prompts.jsonl.gz"
@@ -68,12 +69,6 @@ def prompts_sha256(prompts: Sequence[Sequence[int]]) -> str:
     if len({len(prompt) for prompt in prompts}) == 1:
         return tokens_sha256(np.asarray(prompts, dtype=np.int32))
     return hashlib.sha256("".join(map(prompt_sha256, prompts)).encode()).hexdigest()
-
-
-def tokens_sha256(tokens: np.ndarray) -> str:
-    """SHA-256 (hex) of shape and content of an integer array, independent of byte order."""
-    data = np.ascontiguousarray(tokens, dtype="<i4")
-    return hashlib.sha256(str(data.shape).encode() + data.tobytes()).hexdigest()
 
 
 def prompt_sha256(tokens: Sequence[int]) -> str:

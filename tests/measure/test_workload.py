@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compressor.data.tokens import tokens_sha256
 from compressor.errors import RecipeError
 from compressor.measure.workload import (
     build_workload,
     prompts_sha256,
     tokenizer_encode,
-    tokens_sha256,
 )
 
 
