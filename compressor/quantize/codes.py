@@ -117,6 +117,15 @@ def block_file(directory: Path, index: int) -> Path:
     return directory / f"block-{index:05d}.safetensors"
 
 
+def drop_from(directory: Path, block: int) -> None:
+    """Forget the records and files of this block and those behind it."""
+    records = [r for r in read_layers(directory) if r["block"] < block]
+    write_synced(directory / LAYERS, [json.dumps(r) for r in records])
+    for path in directory.glob("block-*.safetensors"):
+        if int(path.stem.removeprefix("block-")) >= block:
+            path.unlink()
+
+
 def save_synced(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
     temporary = path.with_suffix(".tmp")
     # Neither tensors nor metadata, and an empty mapping: safetensors writes what it cannot read.

@@ -5,12 +5,8 @@ memory. Each block runs forward twice: once to collect the statistics of every l
 with its quantized weights to make the next block's input (GPTQ, arXiv 2210.17323, section 4); with
 `true_sequential` once only, waiting at each linear until it is quantized (`suspended.py`).
 Linears that share an input (q/k/v, gate/up) share one statistic. Algorithms that aim at the
-original model's activations have those carried along, by one more forward. Blocks run in bfloat16
-where the checkpoint is stored in it and the device multiplies it faster; weights are solved and
-kept in float32.
-
-What is written, block by block, is in `codes.py`; the activations and the passes over them are in
-`stream.py`.
+original model's activations have those carried along, by one more forward. Weights are solved in
+float32. The activations and the passes over them are in `stream.py`, the files in `codes.py`.
 """
 
 from __future__ import annotations
@@ -38,10 +34,10 @@ from compressor.quantize.codes import (
     LAYERS,
     append_synced,
     block_file,
+    drop_from,
     flatten,
     read_layers,
     save_synced,
-    write_synced,
 )
 from compressor.quantize.coverage import Coverage, is_ignored, undersampled
 from compressor.quantize.devices import solving_devices, spread
@@ -218,11 +214,7 @@ class _Walk:
         if self.follows_tokens and done < self.steps:
             # Blocks can only follow from activations: go back to the last ones that were saved.
             done = min(done, self.stream.saved_block())
-        records = [r for r in read_layers(self.directory) if r["block"] < done]
-        write_synced(self.directory / LAYERS, [json.dumps(r) for r in records])
-        for path in self.directory.glob("block-*.safetensors"):
-            if int(path.stem.removeprefix("block-")) >= done:
-                path.unlink()
+        drop_from(self.directory, done)
         if done < self.steps:
             (self.directory / HEAD).unlink(missing_ok=True)
         return done

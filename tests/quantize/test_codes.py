@@ -44,6 +44,16 @@ def test_a_record_cut_short_is_not_read(tmp_path: Path) -> None:
     assert codes.read_layers(tmp_path) == [{"block": 0}]
 
 
+def test_blocks_behind_the_last_that_counts_are_dropped(tmp_path: Path) -> None:
+    for index in range(4):
+        codes.save_synced({"a": torch.zeros(1)}, codes.block_file(tmp_path, index), {})
+        codes.append_synced(tmp_path / codes.LAYERS, [f'{{"block": {index}}}'])
+    codes.drop_from(tmp_path, 2)
+    assert [record["block"] for record in codes.read_layers(tmp_path)] == [0, 1]
+    left = sorted(tmp_path.glob("block-*"))
+    assert left == [codes.block_file(tmp_path, index) for index in range(2)]
+
+
 def test_saving_and_reading_back_copy_nothing(tmp_path: Path) -> None:
     """torch's own memory is not traced, that of bytes objects is: saving must make none."""
     from compressor.models.checkpoint import read_file
