@@ -118,13 +118,10 @@ for name, tuning in {
 
 def quantize_ours(model_dir: Path, tokens_file: Path, output: Path, name: str) -> None:
     """One of our variants, quantized and exported (run in a child process)."""
-    from compressor.quantize.driver import (
-        calibration_dtype,
-        iterate_quantized,
-        quantize_model,
-        replaced_tensors,
-    )
+    from compressor.quantize.codes import iterate_quantized, replaced_tensors
+    from compressor.quantize.driver import quantize_model
     from compressor.quantize.rotation import RotationOptions, rotate_checkpoint
+    from compressor.quantize.stream import calibration_dtype
     from compressor.stages import algorithms
 
     steps = OURS[name]

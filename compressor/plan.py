@@ -688,7 +688,7 @@ def _calibration_dtype(recipe: Recipe, facts: ModelFacts) -> str:
         return recipe.calibration.dtype
     import torch
 
-    from compressor.quantize.driver import calibration_dtype
+    from compressor.quantize.stream import calibration_dtype
 
     stored = facts.dtype if recipe.model.dtype == "auto" else recipe.model.dtype
     device = "cuda" if _has_gpu() else "cpu"

@@ -219,7 +219,8 @@ def quantize(context: Context) -> dict[str, Any]:
     from compressor.models.architecture import CausalLM
     from compressor.numerics.scheme import KV_CACHE
     from compressor.quantize import registry
-    from compressor.quantize.driver import calibration_dtype, quantize_model
+    from compressor.quantize.driver import quantize_model
+    from compressor.quantize.stream import calibration_dtype
 
     ((name, options),) = context.config["steps"][-1].items()
     if registry.get(name).kind == "library":
@@ -288,7 +289,7 @@ def export(context: Context) -> dict[str, Any]:
     from compressor.export import compressed_tensors as formats
     from compressor.numerics.scheme import KV_CACHE
     from compressor.quantize.bitsandbytes import iterate_tensors
-    from compressor.quantize.driver import iterate_quantized, kv_scales, replaced_tensors
+    from compressor.quantize.codes import iterate_quantized, kv_scales, replaced_tensors
 
     load, quantized = context.need("load"), context.find("quantize")
     # Keys of the inputs identify every setting that made this artifact; times stay out of it.
@@ -354,7 +355,7 @@ def _tensor_ledger(context: Context, artifact: Path) -> dict[str, Any]:
     from compressor.export import gguf
     from compressor.export.ledger import compare_tensors
     from compressor.models.checkpoint import Checkpoint
-    from compressor.quantize.driver import read_layers
+    from compressor.quantize.codes import read_layers
 
     load, quantized = context.need("load"), context.find("quantize")
     layers = read_layers(quantized.path) if quantized else []
@@ -563,7 +564,7 @@ def _quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn
     from compressor.numerics.linear import QuantizedLinear
     from compressor.numerics.scheme import KV_CACHE
     from compressor.quantize.bitsandbytes import iterate_tensors
-    from compressor.quantize.driver import iterate_quantized, kv_scales, replaced_tensors
+    from compressor.quantize.codes import iterate_quantized, kv_scales, replaced_tensors
 
     model = CausalLM.open(directory)
     refs = {ref.name: ref for i in range(len(model.blocks)) for ref in model.linears(i)}

@@ -28,13 +28,8 @@ from compressor.errors import RunError
 from compressor.models.architecture import CausalLM, LinearRef
 from compressor.models.experts import UnfusedExperts
 from compressor.numerics import bitsandbytes as formats
-from compressor.quantize.driver import (
-    LAYERS,
-    _block_file,
-    _save_synced,
-    _write_synced,
-    is_ignored,
-)
+from compressor.quantize.codes import LAYERS, block_file, save_synced, write_synced
+from compressor.quantize.coverage import is_ignored
 from compressor.quantize.registry import AlgorithmOptions, register, relative_error
 
 THRESHOLD = 6.0  # LLM.int8(), section 3.2
@@ -172,17 +167,17 @@ class BitsAndBytes:
         directory.mkdir(parents=True, exist_ok=True)
         records: list[dict[str, Any]] = []
         for index in range(len(model.blocks)):
-            path = _block_file(directory, index)
+            path = block_file(directory, index)
             if path.exists():
                 found = _records(path)
                 advance("already done")
             else:
                 tensors, found = self._block(model, index, ignore)
-                _save_synced(tensors, path, {"layers": json.dumps(found)})
+                save_synced(tensors, path, {"layers": json.dumps(found)})
                 worst = max((r["error"] for r in found if "error" in r), default=0.0)
                 advance(f"block {index}: worst relative error {worst:.2e}")
             records += found
-        _write_synced(directory / LAYERS, [json.dumps(record) for record in records])
+        write_synced(directory / LAYERS, [json.dumps(record) for record in records])
         done = {record["name"] for record in records if "error" in record}
         if not done:
             raise RunError(

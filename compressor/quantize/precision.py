@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from compressor.numerics.scheme import Scheme
 from compressor.quantize.allocate import Choice, allocate
-from compressor.quantize.driver import is_ignored
+from compressor.quantize.coverage import is_ignored
 from compressor.quantize.sensitivity import Sensitivity
 
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")

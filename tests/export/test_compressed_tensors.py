@@ -15,7 +15,8 @@ from compressor.export import compressed_tensors as ct
 from compressor.models.architecture import CausalLM
 from compressor.numerics.scheme import KV_CACHE, Scheme
 from compressor.quantize import registry
-from compressor.quantize.driver import iterate_quantized, kv_scales, quantize_model
+from compressor.quantize.codes import iterate_quantized, kv_scales
+from compressor.quantize.driver import quantize_model
 from compressor.stages import _quantized_model
 from compressor.store import StoredStage
 from tests import tiny

@@ -25,7 +25,8 @@ from compressor.numerics.ggml import to_blocks
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import Scheme, WeightScheme
 from compressor.quantize import registry
-from compressor.quantize.driver import iterate_quantized, quantize_model
+from compressor.quantize.codes import iterate_quantized
+from compressor.quantize.driver import quantize_model
 from compressor.stages import _quantized_model
 from compressor.store import StoredStage
 from tests import tiny

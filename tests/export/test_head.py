@@ -18,7 +18,8 @@ from compressor.evaluate.head import split
 from compressor.export import compressed_tensors as ct
 from compressor.models.architecture import CausalLM
 from compressor.quantize import registry
-from compressor.quantize.driver import iterate_quantized, quantize_model
+from compressor.quantize.codes import iterate_quantized
+from compressor.quantize.driver import quantize_model
 from compressor.stages import _quantized_model
 from compressor.store import StoredStage
 from tests import tiny

@@ -15,7 +15,8 @@ from compressor.export.ledger import TensorLedger, compare_tensors
 from compressor.models.architecture import FUSED_EXPERTS, CausalLM
 from compressor.models.checkpoint import Checkpoint
 from compressor.quantize import registry
-from compressor.quantize.driver import iterate_quantized, quantize_model, read_layers
+from compressor.quantize.codes import iterate_quantized, read_layers
+from compressor.quantize.driver import quantize_model
 from tests import tiny
 
 

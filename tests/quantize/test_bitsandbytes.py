@@ -16,7 +16,7 @@ from compressor.models.architecture import CausalLM
 from compressor.numerics import bitsandbytes as formats
 from compressor.plan import make_plan
 from compressor.quantize.bitsandbytes import BitsAndBytes, BitsAndBytesOptions, iterate_tensors
-from compressor.quantize.driver import read_layers
+from compressor.quantize.codes import read_layers
 from compressor.recipe import load_recipe
 from compressor.store import Store
 from tests import tiny

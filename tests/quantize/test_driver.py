@@ -1,4 +1,4 @@
-"""The block walk: statistics, transforms, resuming, coverage, fallbacks."""
+"""The block walk: statistics, resuming, caches, refinements, fallbacks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from compressor.errors import RunError
 from compressor.models.architecture import CausalLM
 from compressor.models.folding import find_producers
 from compressor.numerics.scheme import KV_CACHE
-from compressor.quantize import driver, registry
+from compressor.quantize import driver, registry, stream
+from compressor.quantize.codes import (
+    iterate_quantized,
+    kv_scales,
+    read_layers,
+    replaced_tensors,
+)
 from compressor.quantize.statistics import InputStatistics
 from tests import tiny
 
@@ -26,7 +32,7 @@ def algorithm(name: str = "gptq", **options: Any) -> Any:
 
 
 def codes(directory: Path) -> dict[str, Any]:
-    return {name: tensor for name, tensor, _ in driver.iterate_quantized(directory)}
+    return {name: tensor for name, tensor, _ in iterate_quantized(directory)}
 
 
 def smooth(**options: Any) -> Any:
@@ -39,7 +45,7 @@ def test_every_architecture_is_quantized(tmp_path: Path, arch: str) -> None:
     tiny.build(arch, tmp_path / "model")
     model = CausalLM.open(tmp_path / "model")
     facts = driver.quantize_model(model, algorithm(), tmp_path / "out", tokens=TOKENS, batch_size=4)
-    layers = driver.read_layers(tmp_path / "out")
+    layers = read_layers(tmp_path / "out")
     names = {ref.name for i in range(len(model.blocks)) for ref in model.linears(i)}
     assert {layer["name"] for layer in layers} == names
     assert all(layer["error"] <= layer["rtn_error"] * (1 + 1e-6) for layer in layers)
@@ -108,24 +114,6 @@ def test_true_sequential_takes_statistics_behind_quantized_linears(tmp_path: Pat
     torch.testing.assert_close(seen[position].double(), 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-4)
 
 
-def test_every_expert_is_calibrated_when_asked(tmp_path: Path) -> None:
-    tiny.build("mixtral", tmp_path / "model")
-    tokens: dict[bool, list[int]] = {}
-    for every in (False, True):
-        driver.quantize_model(
-            CausalLM.open(tmp_path / "model"), algorithm(), tmp_path / str(every), tokens=TOKENS,
-            all_experts=every,
-        )  # fmt: skip
-        tokens[every] = [
-            layer["tokens"]
-            for layer in driver.read_layers(tmp_path / str(every))
-            if "experts" in layer["name"]
-        ]
-    assert set(tokens[True]) == {TOKENS.size}
-    # The router chooses two of four: three linears an expert, two blocks.
-    assert sum(tokens[False]) == 2 * TOKENS.size * 3 * 2
-
-
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2", "gpt_neox", "opt", "phi3"])
 def test_folding_changes_nothing_but_where_the_scale_is(tmp_path: Path, arch: str) -> None:
     tiny.build(arch, tmp_path / "model")
@@ -168,20 +156,6 @@ def test_smoothing_lowers_the_error_of_outlier_channels(tmp_path: Path) -> None:
     assert torch.equal(smooth().scales([weight], statistics, sixteen), ones)
 
 
-def test_transform_writes_the_norms_it_changed(tmp_path: Path) -> None:
-    tiny.build("llama", tmp_path / "model")
-    model = CausalLM.open(tmp_path / "model")
-    quantizer = algorithm(scheme="W8A8", group_size=None)
-    driver.quantize_model(
-        model, quantizer, tmp_path / "out", transforms=[smooth(strength=0.5)], tokens=TOKENS
-    )
-    replaced = driver.replaced_tensors(tmp_path / "out")
-    assert any(name.endswith("input_layernorm.weight") for name in replaced)
-    for name, value in replaced.items():
-        assert value.dtype == model.checkpoint.dtype(name)
-        assert value.shape == model.checkpoint.shape(name)
-
-
 def made(name: str, **options: Any) -> Any:
     cls = registry.get(name)
     return cls(cls.Options(**options))
@@ -193,10 +167,8 @@ def output_error(model_dir: Path, out: Path) -> float:
     ids = torch.from_numpy(TOKENS.astype(np.int64))
     plain = CausalLM.open(model_dir).load_full(torch.float32)
     exact = plain.model(ids).last_hidden_state
-    changed = CausalLM.open(model_dir).load_full(
-        torch.float32, replaced=driver.replaced_tensors(out)
-    )
-    for name, tensor, _ in driver.iterate_quantized(out):
+    changed = CausalLM.open(model_dir).load_full(torch.float32, replaced=replaced_tensors(out))
+    for name, tensor, _ in iterate_quantized(out):
         changed.get_submodule(name).weight.copy_(tensor.dequantize())
     return float((changed.model(ids).last_hidden_state - exact).norm() / exact.norm())
 
@@ -245,7 +217,7 @@ def cached(model_dir: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[
 
     monkeypatch.setattr(DynamicCache, "update", update)
     with torch.no_grad():
-        for name, tensor, _ in driver.iterate_quantized(out):
+        for name, tensor, _ in iterate_quantized(out):
             model.get_submodule(name).weight.copy_(tensor.dequantize())
         model(torch.from_numpy(TOKENS.astype(np.int64)), use_cache=True)
     return largest
@@ -273,7 +245,7 @@ def test_cache_scales_are_those_of_the_quantized_model(
         refinements=[made(step, **o) for step, o in refinements],
         kv_cache=KV_CACHE[kind], batch_size=3,
     )  # fmt: skip
-    scales = driver.kv_scales(tmp_path / "out")
+    scales = kv_scales(tmp_path / "out")
     assert facts["tokens"] == TOKENS.size and len(scales) == 4
     got = [
         float(scales[f"model.layers.{layer}.self_attn.{which}_scale"])
@@ -351,11 +323,11 @@ def test_refinements_bring_the_model_nearer(
             CausalLM.open(tmp_path / "model"), quantizer, tmp_path / out, tokens=TOKENS,
             refinements=[made(name, **options) for name, options in steps], batch_size=3,
         )  # fmt: skip
-        for _, tensor, _ in driver.iterate_quantized(tmp_path / out):
+        for _, tensor, _ in iterate_quantized(tmp_path / out):
             tensor.validate()
         errors[out] = output_error(tmp_path / "model", tmp_path / out)
     assert errors["refined"] < errors["plain"]
-    for layer in driver.read_layers(tmp_path / "refined"):
+    for layer in read_layers(tmp_path / "refined"):
         if "block_error" in layer:
             assert layer["block_error"] <= layer["block_error_before"]
 
@@ -368,7 +340,7 @@ def test_a_walk_cut_short_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, follow: bool, kv_cache: str | None
 ) -> None:
     tiny.build("llama", tmp_path / "model", layers=4)
-    monkeypatch.setattr(driver, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(stream, "CHECKPOINT_SECONDS", 0.0)
     quantizer = algorithm(name)
 
     def run(out: str, advance: Any = lambda note: None) -> dict[str, Any]:
@@ -397,18 +369,6 @@ def test_a_walk_cut_short_goes_on_to_the_same_bytes(
     assert {p.name for p in (tmp_path / "parts").iterdir()} == {
         p.name for p in (tmp_path / "whole").iterdir()
     }
-
-
-def test_ignored_linears_are_left_and_named(tmp_path: Path) -> None:
-    tiny.build("llama", tmp_path / "model")
-    facts = driver.quantize_model(
-        CausalLM.open(tmp_path / "model"), algorithm("rtn"), tmp_path / "out",
-        ignore=[r".*\.down_proj", "model.layers.0.self_attn.q_proj"],
-    )  # fmt: skip
-    skipped = {e["name"]: e["reason"] for e in facts["coverage"]["skipped"]}
-    assert skipped["model.layers.1.mlp.down_proj"] == "ignored by the recipe"
-    assert "model.layers.0.self_attn.q_proj" in skipped
-    assert "model.layers.1.self_attn.q_proj" not in skipped
 
 
 def test_nothing_left_to_quantize_is_an_error(tmp_path: Path) -> None:

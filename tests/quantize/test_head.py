@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from compressor.errors import RunError
 from compressor.models.architecture import CausalLM
-from compressor.quantize import driver, head, registry
+from compressor.quantize import codes, driver, head, registry, stream
 from tests import tiny
 
 TOKENS = np.random.default_rng(0).integers(4, 300, (6, 32)).astype(np.int32)
@@ -33,7 +33,7 @@ def plain(model_dir: Path, out: Path) -> Any:
     """transformers' own model with the dequantized weights of the blocks."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     with torch.no_grad():
-        for name, tensor, _ in driver.iterate_quantized(out):
+        for name, tensor, _ in codes.iterate_quantized(out):
             if name != "lm_head":
                 model.get_submodule(name).weight.copy_(tensor.dequantize())
     return model
@@ -62,7 +62,7 @@ def test_codes_are_the_algorithms_own_on_the_final_norms_output(
         CausalLM.open(tmp_path / "model"), algorithm(name), tmp_path / "out", head=quantizer,
         refinements=steps, tokens=TOKENS, batch_size=3,
     )  # fmt: skip
-    found = {n: t for n, t, _ in driver.iterate_quantized(tmp_path / "out")}["lm_head"]
+    found = {n: t for n, t, _ in codes.iterate_quantized(tmp_path / "out")}["lm_head"]
     found.validate()
     model = plain(tmp_path / "model", tmp_path / "out")
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_codes_are_the_algorithms_own_on_the_final_norms_output(
         expected = step.refine(solved, expected, hessian)
     assert torch.equal(found.codes, expected.tensor.codes)
     assert torch.equal(found.scale, expected.tensor.scale)
-    record = driver.read_layers(tmp_path / "out")[-1]
+    record = codes.read_layers(tmp_path / "out")[-1]
     assert record["name"] == "lm_head" and record["parameters"] == weight.numel()
     assert record["scheme"] == quantizer.scheme.to_dict()
     assert record["tokens"] == (TOKENS.size if name == "gptq" else None)
@@ -98,7 +98,7 @@ def test_codes_are_the_algorithms_own_on_the_final_norms_output(
     assert "lm_head" not in {entry["name"] for entry in coverage["skipped"]}
     stored = sum(p.numel() for p in model.parameters()) + (weight.numel() if tied else 0)
     assert coverage["total_parameters"] == stored
-    layers = driver.read_layers(tmp_path / "out")
+    layers = codes.read_layers(tmp_path / "out")
     assert coverage["quantized_parameters"] == sum(r["parameters"] for r in layers)
     assert coverage["head_parameters"] == weight.numel()
 
@@ -134,11 +134,11 @@ def test_a_transform_or_rotation_before_it_reaches_the_head_by_its_input_only(
         CausalLM.open(tmp_path / "model"), algorithm("rtn"), tmp_path / "out",
         head=algorithm("rtn"), transforms=[cls(cls.Options())], tokens=TOKENS,
     )  # fmt: skip
-    assert "model.norm.weight" not in driver.replaced_tensors(tmp_path / "out")
-    found = {n: t for n, t, _ in driver.iterate_quantized(tmp_path / "out")}["lm_head"]
+    assert "model.norm.weight" not in codes.replaced_tensors(tmp_path / "out")
+    found = {n: t for n, t, _ in codes.iterate_quantized(tmp_path / "out")}["lm_head"]
     weight = CausalLM.open(tmp_path / "model").checkpoint.tensor("model.embed_tokens.weight")
     assert torch.equal(found.codes, algorithm("rtn").quantize(weight.float()).tensor.codes)
-    assert driver.read_layers(tmp_path / "out")[-1]["tokens"] == TOKENS.size
+    assert codes.read_layers(tmp_path / "out")[-1]["tokens"] == TOKENS.size
 
 
 def correlated(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,7 +199,7 @@ def test_a_walk_cut_short_goes_on_to_the_same_head(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, cut_after: str, resumed_at: int
 ) -> None:
     tiny.build("llama", tmp_path / "model", layers=3)
-    monkeypatch.setattr(driver, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(stream, "CHECKPOINT_SECONDS", 0.0)
 
     def run(out: str, advance: Any = lambda note: None) -> dict[str, Any]:
         return driver.quantize_model(
@@ -228,8 +228,8 @@ def test_a_head_killed_before_its_file_is_there_is_done_again(
 ) -> None:
     """Its record is written first: it must not be there twice."""
     tiny.build("llama", tmp_path / "model")
-    monkeypatch.setattr(driver, "CHECKPOINT_SECONDS", 0.0)
-    save = driver._save_synced
+    monkeypatch.setattr(stream, "CHECKPOINT_SECONDS", 0.0)
+    save = codes.save_synced
 
     def killed(tensors: Any, path: Path, metadata: Any) -> None:
         if path.name == "head.safetensors":
@@ -243,11 +243,11 @@ def test_a_head_killed_before_its_file_is_there_is_done_again(
         )  # fmt: skip
 
     run("whole")
-    monkeypatch.setattr(driver, "_save_synced", killed)
+    monkeypatch.setattr(driver, "save_synced", killed)
     with pytest.raises(Cut):
         run("parts")
-    assert driver.read_layers(tmp_path / "parts")[-1]["name"] == "lm_head"
-    monkeypatch.setattr(driver, "_save_synced", save)
+    assert codes.read_layers(tmp_path / "parts")[-1]["name"] == "lm_head"
+    monkeypatch.setattr(driver, "save_synced", save)
     run("parts")
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "parts" / path.name).read_bytes() == path.read_bytes()

@@ -11,7 +11,7 @@ import torch
 
 from compressor.errors import RunError
 from compressor.models.architecture import CausalLM
-from compressor.quantize import driver, registry
+from compressor.quantize import codes, driver, registry
 from tests import tiny
 
 TOKENS = np.random.default_rng(0).integers(4, 300, (12, 16)).astype(np.int32)
@@ -91,7 +91,7 @@ def test_the_batch_is_halved_and_the_walk_goes_on(
     assert all(note.endswith("one pass per group") is sequential for note in notes[1:])
     assert_alike(seen, expected)
     if arch == "llama":
-        layers = driver.read_layers(tmp_path / "lowered")
+        layers = codes.read_layers(tmp_path / "lowered")
         assert {layer["tokens"] for layer in layers} == {TOKENS.size}
 
 
