@@ -35,6 +35,16 @@ def keep_freed_pages() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _KEEP) and mallopt(_M_TRIM_THRESHOLD, _KEEP))
 
 
+def release_freed_pages() -> None:
+    """Hand what is free in glibc's heap back to the kernel, also in the middle of it.
+
+    The counterpart of `keep_freed_pages`, between pieces of work whose allocations differ in size:
+    what one leaves in pieces, the next cannot use, and the heap would grow with every piece.
+    """
+    if keep_freed_pages():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def free_bytes(device: Any = "cpu") -> int:
     """Memory that a device still has, in bytes.
 

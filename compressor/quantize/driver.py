@@ -27,7 +27,7 @@ import torch
 from compressor.errors import RunError
 from compressor.models.architecture import CausalLM, LinearRef
 from compressor.models.kv_cache import CacheObserver, check_attention, no_cache
-from compressor.numerics.memory import WAITING_SHARE, free_bytes, keep_freed_pages
+from compressor.numerics.memory import WAITING_SHARE, free_bytes, keep_freed_pages, release_freed_pages
 from compressor.numerics.scheme import ASYMMETRIC, DYNAMIC, ActivationScheme
 from compressor.quantize.codes import (
     HEAD,
@@ -316,6 +316,7 @@ class _Walk:
         save_synced(tensors, block_file(self.directory, index), {})
         stream.checkpoint(index)
         gc.collect()
+        release_freed_pages()
         note = _note(index, [r for r in records if "error" in r])
         if stream.lowered or not self.one_pass:
             note += f", out of memory: batches of {stream.batch}"
