@@ -27,7 +27,12 @@ import torch
 from compressor.errors import RunError
 from compressor.models.architecture import CausalLM, LinearRef
 from compressor.models.kv_cache import CacheObserver, check_attention, no_cache
-from compressor.numerics.memory import WAITING_SHARE, free_bytes, keep_freed_pages, release_freed_pages
+from compressor.numerics.memory import (
+    WAITING_SHARE,
+    free_bytes,
+    keep_freed_pages,
+    release_freed_pages,
+)
 from compressor.numerics.scheme import ASYMMETRIC, DYNAMIC, ActivationScheme
 from compressor.quantize.codes import (
     HEAD,
