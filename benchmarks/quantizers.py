@@ -34,7 +34,7 @@ from transformers import AutoTokenizer
 from compressor.data.sources import load_texts
 from compressor.data.tokens import evaluation_windows, pack_tokens, tokens_sha256
 from compressor.evaluate.divergence import score_baseline, score_variant, summarise
-from compressor.evaluate.head import split
+from compressor.models.head import split
 from compressor.export import compressed_tensors
 from compressor.models.architecture import CausalLM
 from compressor.models.source import materialise, resolve_source

@@ -479,7 +479,27 @@ class _Speed:
             int(1.1 * self.facts.parameters) + memory["activations"],
             least,
         )
-        return self._with_head(blocks, tokens, length, head) if head else blocks
+        made = self._with_head(blocks, tokens, length, head) if head else blocks
+        if "model" in roles:
+            return self._with_training(made, tokens, length, options[roles.index("model")], dtype)
+        return made
+
+    def _with_training(
+        self, made: Estimate, tokens: int, length: int, options: Any, dtype: str
+    ) -> Estimate:
+        """The estimate with a refinement of the whole model (`quantize/whole.py`)."""
+        from compressor.numerics import memory
+
+        f = self.facts
+        seen = 8 * options.steps * options.batch_size * length + 2 * tokens  # passes: 4, or 1
+        itemsize = 2 if dtype in ("bfloat16", "float16") else 4
+        needed = memory.training_bytes(f.parameters, itemsize, length, f.hidden, f.layers)
+        return Estimate(
+            made.seconds + seen * f.parameters / (0.6 * self.product(dtype)),
+            max(made.memory_bytes, needed),
+            made.disk_bytes,
+            max(made.least_memory, needed),
+        )
 
     def _with_head(
         self, blocks: Estimate, tokens: int, length: int, options: Sequence[Any]
@@ -674,8 +694,8 @@ def _has_gpu() -> bool:
 
 
 def _role(algorithm: str) -> str:
-    """``rotation``, ``transform``, ``weights``, or the level of a refinement: ``layer`` or
-    ``block``."""
+    """``rotation``, ``transform``, ``weights``, or the level of a refinement: ``layer``, ``block``
+    or ``model``."""
     found = registry.get(algorithm)
     return found.level if found.kind == "refinement" else found.kind
 

@@ -260,7 +260,13 @@ class Variant(_Section):
         if kinds != sorted(kinds, key=registry.KINDS.index):
             raise ValueError(
                 "steps come in this order: rotation, transforms (smoothquant, awq), the quantizer, "
-                "refinements (coordinate_descent, signround)"
+                "refinements (coordinate_descent, signround, distillation)"
+            )
+        levels = [getattr(registry.get(step.algorithm), "level", None) for step in steps]
+        if "model" in levels[:-1]:
+            raise ValueError(
+                f"{steps[levels.index('model')].algorithm} looks at the whole quantized model: it "
+                "comes last"
             )
         return steps
 

@@ -240,7 +240,9 @@ def quantize(context: Context) -> dict[str, Any]:
     dtype = getattr(torch, wanted, None) or calibration_dtype(model.config.dtype, device)
     kv_cache = context.config.get("kv_cache")
     title = f"quantize {context.stage.variant}"
-    with context.progress.task(title, len(model.blocks) + (head is not None)) as task:
+    total = len(model.blocks) + (head is not None)
+    total += sum(r.options.steps for r in refinements if r.level == "model")
+    with context.progress.task(title, total) as task:
 
         def advance(note: str) -> None:
             task.update(note=note)
@@ -382,8 +384,8 @@ def evaluate(context: Context) -> dict[str, Any]:
     from safetensors.torch import load_file, save_file
 
     from compressor.evaluate.divergence import Scores, score_baseline, score_variant, summarise
-    from compressor.evaluate.head import split
     from compressor.models.architecture import CausalLM
+    from compressor.models.head import split
 
     texts, baseline = context.need("texts"), context.find("evaluate")
     quantized = context.find("quantize")

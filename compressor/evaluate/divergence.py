@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.evaluate.head import CausalModel, Head, last_hidden, split
+from compressor.models.head import CausalModel, Head, last_hidden, split
 
 TOKENS_PER_STEP = 256
 BOOTSTRAP_RESAMPLES = 2000

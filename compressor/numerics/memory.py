@@ -70,3 +70,15 @@ def free_bytes(device: Any = "cpu") -> int:
     except (OSError, ValueError):
         pass
     return max(free, 0)
+
+
+def training_bytes(parameters: int, itemsize: int, length: int, hidden: int, layers: int) -> int:
+    """Memory that training the scales of a whole quantized model takes, roughly.
+
+    Args:
+        parameters: of the model.
+        itemsize: bytes of a number in the dtype that it runs in.
+        length, hidden, layers: tokens of a sample, width and number of blocks.
+    """
+    kept = 40 * length * hidden * layers * itemsize  # activations for the way back
+    return int((2 * itemsize + 0.3) * parameters) + kept + 1_000_000_000

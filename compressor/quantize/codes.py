@@ -9,6 +9,8 @@ from there.
                               .input_scale float32 [1] where used;
                               {parameter}.replaced: unquantized tensors that a transform changed;
                               {attention}.k_scale, .v_scale float32 [1]: of a low-bit cache
+    refined.safetensors       {linear}.scale and {parameter}.replaced that take the place of the
+                              above, from a refinement of the whole model
     head.safetensors          the same of the output layer (lm_head), where it is quantized
     layers.jsonl              one line per linear: scheme, error, RTN's error, fallback
 """
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from compressor.models.kv_cache import KEY, VALUE
 from compressor.numerics.quantized import QuantizedTensor
@@ -31,6 +33,7 @@ from compressor.numerics.scheme import Scheme
 
 LAYERS = "layers.jsonl"
 HEAD = "head.safetensors"
+REFINED = "refined.safetensors"
 
 
 def read_layers(directory: Path) -> list[dict[str, Any]]:
@@ -55,6 +58,7 @@ def iterate_quantized(directory: Path) -> Iterator[tuple[str, QuantizedTensor, S
         if "scheme" in layer
     }
     head = [path for path in (directory / HEAD,) if path.exists()]
+    refined = _refined(directory)
     for path in sorted(directory.glob("block-*.safetensors")) + head:
         with safe_open(path, "pt") as file:
             keys = set(file.keys())
@@ -69,7 +73,7 @@ def iterate_quantized(directory: Path) -> Iterator[tuple[str, QuantizedTensor, S
                     name,
                     QuantizedTensor(
                         codes=part("codes"),
-                        scale=part("scale"),
+                        scale=refined.get(f"{name}.scale", part("scale")),
                         zero_point=part("zero_point"),
                         g_idx=part("g_idx"),
                         input_scale=part("input_scale"),
@@ -80,14 +84,22 @@ def iterate_quantized(directory: Path) -> Iterator[tuple[str, QuantizedTensor, S
 
 
 def replaced_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Unquantized tensors that a transform changed (norm weights), by name in the checkpoint."""
+    """Unquantized tensors that were changed (norm weights), by name in the checkpoint."""
     found = {}
     for path in sorted(directory.glob("block-*.safetensors")):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 if key.endswith(".replaced"):
                     found[key.removesuffix(".replaced")] = file.get_tensor(key).clone()
-    return found
+    return found | {
+        key.removesuffix(".replaced"): value
+        for key, value in _refined(directory).items()
+        if key.endswith(".replaced")
+    }
+
+
+def _refined(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / REFINED) if (directory / REFINED).exists() else {}
 
 
 def kv_scales(directory: Path) -> dict[str, torch.Tensor]:

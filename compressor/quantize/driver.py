@@ -37,6 +37,7 @@ from compressor.numerics.scheme import ASYMMETRIC, DYNAMIC, ActivationScheme
 from compressor.quantize.codes import (
     HEAD,
     LAYERS,
+    REFINED,
     append_synced,
     block_file,
     drop_from,
@@ -51,6 +52,7 @@ from compressor.quantize.registry import (
     Algorithm,
     BlockRefinement,
     LayerRefinement,
+    ModelRefinement,
     Transform,
     WeightResult,
 )
@@ -58,6 +60,7 @@ from compressor.quantize.statistics import InputStatistics, fit_to_rounded_input
 from compressor.quantize.stream import RESUME, Stream, by_input, divisor
 from compressor.quantize.suspended import run_suspended
 from compressor.quantize.transforms import apply_transforms, enough
+from compressor.quantize.whole import STATE, refine_whole
 
 _KEPT_STREAMS = 8  # activations of the block's width that a waiting batch keeps alive, at most
 
@@ -68,7 +71,7 @@ def quantize_model(
     directory: Path,
     *,
     transforms: Sequence[Transform] = (),
-    refinements: Sequence[LayerRefinement | BlockRefinement] = (),
+    refinements: Sequence[LayerRefinement | BlockRefinement | ModelRefinement] = (),
     exceptions: Mapping[str, Algorithm] | None = None,
     head: Algorithm | None = None,
     tokens: np.ndarray | None = None,
@@ -113,7 +116,8 @@ def quantize_model(
     Returns:
         seconds, tokens, coverage (parameters quantized, linears skipped and why), resumed_at, the
         output layer's name where it was quantized, activations ("memory" or "disk", where they
-        were kept) and batch_size (in the end).
+        were kept), batch_size (in the end), and of a refinement of the whole model what it found
+        (refined).
 
     Raises:
         RunError: no linear is left to quantize, a layer's weights cannot take the scheme, there is
@@ -132,9 +136,10 @@ def quantize_model(
         check_attention(model)
     coverage = Coverage(model, walk.head)
     stream, first = walk.stream, walk.resume_point()
+    if tokens is None and walk.uses_tokens:
+        raise RunError("this algorithm needs calibration tokens", fix="add `calibration:`")
     if walk.follows_tokens:
-        if tokens is None:
-            raise RunError("this algorithm needs calibration tokens", fix="add `calibration:`")
+        assert tokens is not None
         if first < walk.steps:
             others = [r.options.batch_size for r in walk.block_refinements]
             stream.start(tokens, batch_size, first, others)
@@ -149,10 +154,23 @@ def quantize_model(
             fix="remove entries of `ignore`",
         )
     (directory / RESUME).unlink(missing_ok=True)
-    return {
+    refined = {}
+    for refinement in walk.model_refinements:
+        assert tokens is not None
+        refined["refined"] = refine_whole(
+            model.checkpoint.directory,
+            directory,
+            refinement,
+            tokens,
+            head=walk.head is not None,
+            dtype=dtype,
+            device=device,
+            advance=advance,
+        )
+    return refined | {
         "seconds": time.perf_counter() - started,
-        "tokens": int(tokens.size) if tokens is not None and walk.follows_tokens else 0,
-        "calibration_dtype": str(dtype).removeprefix("torch.") if walk.follows_tokens else None,
+        "tokens": int(tokens.size) if tokens is not None and walk.uses_tokens else 0,
+        "calibration_dtype": str(dtype).removeprefix("torch.") if walk.uses_tokens else None,
         "activations": ("disk" if stream.on_disk else "memory") if walk.follows_tokens else None,
         "batch_size": stream.batch if walk.follows_tokens else None,
         "resumed_at_block": first,
@@ -171,7 +189,7 @@ class _Walk:
         algorithm: Algorithm,
         exceptions: Mapping[str, Algorithm],
         transforms: Sequence[Transform],
-        refinements: Sequence[LayerRefinement | BlockRefinement],
+        refinements: Sequence[LayerRefinement | BlockRefinement | ModelRefinement],
         directory: Path,
         ignore: Sequence[str],
         kv_cache: ActivationScheme | None,
@@ -191,10 +209,15 @@ class _Walk:
         self.transforms = transforms
         self.layer_refinements: list[Any] = [r for r in refinements if r.level == "layer"]
         self.block_refinements: list[Any] = [r for r in refinements if r.level == "block"]
+        self.model_refinements: list[Any] = [r for r in refinements if r.level == "model"]
         self.needs_statistics = bool(
-            algorithm.options.needs_calibration or transforms or refinements
+            algorithm.options.needs_calibration
+            or transforms
+            or self.layer_refinements
+            or self.block_refinements
         )
         self.follows_tokens = self.needs_statistics or kv_cache is not None
+        self.uses_tokens = self.follows_tokens or bool(self.model_refinements)
         self.kv_cache = kv_cache
         self.directory = directory
         self.ignore = ignore
@@ -221,7 +244,8 @@ class _Walk:
             done = min(done, self.stream.saved_block())
         drop_from(self.directory, done)
         if done < self.steps:
-            (self.directory / HEAD).unlink(missing_ok=True)
+            for name in (HEAD, REFINED, STATE):
+                (self.directory / name).unlink(missing_ok=True)
         return done
 
     def _file(self, step: int) -> Path:

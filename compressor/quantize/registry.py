@@ -35,6 +35,7 @@ _BUILT_IN = (
     "gptq",
     "coordinate_descent",
     "signround",
+    "distillation",
     "bitsandbytes",
 )
 KINDS = (
@@ -257,6 +258,20 @@ class BlockRefinement(Protocol):
 
 
 _Class = TypeVar("_Class", bound=type)
+
+
+class ModelRefinement(Protocol):
+    """Improves the whole quantized model at once, after all else (``kind`` is "refinement",
+    ``level`` "model"). See `distillation.Distillation.refine`."""
+
+    Options: ClassVar[type[AlgorithmOptions]]
+    kind: ClassVar[str]
+    level: ClassVar[str]
+
+    def __init__(self, options: Any, scale_dtype: torch.dtype) -> None: ...
+
+    @property
+    def options(self) -> Any: ...
 
 
 def register(name: str) -> Callable[[_Class], _Class]:

@@ -25,7 +25,7 @@ from compressor.evaluate.divergence import (
     score_variant,
     summarise,
 )
-from compressor.evaluate.head import Head, split
+from compressor.models.head import Head, split
 
 SIZES = {
     "vocab_size": 131,

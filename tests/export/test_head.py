@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from compressor.errors import RunError
 from compressor.evaluate.divergence import score_baseline, score_variant
-from compressor.evaluate.head import split
+from compressor.models.head import split
 from compressor.export import compressed_tensors as ct
 from compressor.models.architecture import CausalLM
 from compressor.quantize import registry
