@@ -233,8 +233,8 @@ _ROWS: tuple[_Row, ...] = (
     # torch._scaled_mm is left (scaled_mm/pytorch.py, ChannelWiseTorchFP8ScaledMMLinearKernel).
     _Row("vllm", "cpu", "AMX fp8, weights only", _is("FP8"),
          _all(_needs_tensor_scales, _needs_amx, _multiples(1, 32))),
-    # It is slow (49 times bfloat16, 4 tokens x 1024 x 1024, one core of an AMD EPYC), and with static
-    # activations it stops at "narrow() cannot be applied to a 0-dim tensor".
+    # That takes 49 times bfloat16's time (4 x 1024 x 1024, one core of an AMD EPYC); with static
+    # activations stops at "narrow() cannot be applied to a 0-dim tensor".
     _Row("vllm", "cpu", "torch._scaled_mm", _is("FP8"), _fp8_static, level="dequantized"),
     # layers/fused_moe/experts/cpu_moe.py, CPUExpertsInt8 and CPUExpertsInt4: x86 with AMX; W4A16 in
     # groups (compressed_tensors_moe_wna16.py: "channelwise is not supported by this kernel").
