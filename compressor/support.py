@@ -2,7 +2,8 @@
 
 One row for each kernel, in the engine's own order of preference: the first whose scheme, device
 and shape fit is what the engine takes. Each row names the source that says so. vLLM's are of
-version 0.32, paths under ``vllm/model_executor``; "optional" kernels that need a package beside
+version 0.32 (https://github.com/vllm-project/vllm/tree/v0.32.0), paths under
+``vllm/model_executor``, for activations in bfloat16; "optional" kernels that need a package beside
 vLLM's own (humming, conch, zentorch) are not counted.
 """
 
@@ -114,6 +115,32 @@ def _not_dynamic(scheme: Scheme, *_: object) -> str:
     return "" if scheme.input_activations == DYNAMIC else "experts need dynamic activations"
 
 
+def _fp8_experts(scheme: Scheme, *_: object) -> str:
+    # compressed_tensors_moe/compressed_tensors_moe_w8a8_fp8.py: "either per tensor or channelwise,
+    # dynamic per token quantization".
+    inputs, per_tensor = scheme.input_activations, scheme.weights.strategy == "tensor"
+    if inputs is None or inputs.dynamic != per_tensor:
+        return ""
+    return f"experts need {'static' if per_tensor else 'dynamic'} activations"
+
+
+def _fp8_static(scheme: Scheme, *_: object) -> str:
+    if scheme.weights.strategy == "tensor" or not scheme.static_activations:
+        return ""
+    return "it computes static activations only with weights of one scale per tensor"
+
+
+def _needs_arm(_: Scheme, __: LinearShape, target: Target) -> str:
+    return "" if target.arm else "this CPU is not an Arm"
+
+
+def _needs_tensor_scales(scheme: Scheme, *_: object) -> str:
+    inputs = scheme.input_activations
+    if scheme.weights.strategy == "tensor" and inputs is not None and inputs.strategy == "tensor":
+        return ""
+    return "it needs one scale per tensor"
+
+
 def _groups(*sizes: int) -> Callable[[Scheme, LinearShape, Target], str]:
     def refusal(scheme: Scheme, *_: object) -> str:
         if _group(scheme) in sizes:
@@ -201,14 +228,25 @@ _ROWS: tuple[_Row, ...] = (
     # too, as reference code (20 times slower than float32, PyTorch 2.13, 2048 x 2048).
     _Row("vllm", "cpu", "Dynamic4bit", _w4a8, _reference_on_x86),
     _Row("vllm", "cpu", "Dynamic4bit", _w4a8, level="dequantized"),
-    # kernels/linear/scaled_mm/cpu.py, CPUFp8PerTensorScaledMMLinearKernel: AMX.
-    _Row("vllm", "cpu", "AMX fp8", _is("FP8"), _needs_amx),
+    # kernels/linear/scaled_mm/cpu.py, CPUFp8PerTensorScaledMMLinearKernel: AMX, and one scale per
+    # tensor. Per channel, CPUs with AMX-FP8 aside (CPUFP8W8A8ScaledMMLinearKernel, not counted),
+    # torch._scaled_mm is left (scaled_mm/pytorch.py, ChannelWiseTorchFP8ScaledMMLinearKernel).
+    _Row("vllm", "cpu", "AMX fp8, weights only", _is("FP8"),
+         _all(_needs_tensor_scales, _needs_amx, _multiples(1, 32))),
+    # That takes 49 times bfloat16's time (4 x 1024 x 1024, one core of an AMD EPYC); with static
+    # activations stops at "narrow() cannot be applied to a 0-dim tensor".
+    _Row("vllm", "cpu", "torch._scaled_mm", _is("FP8"), _fp8_static, level="dequantized"),
     # layers/fused_moe/experts/cpu_moe.py, CPUExpertsInt8 and CPUExpertsInt4: x86 with AMX; W4A16 in
     # groups (compressed_tensors_moe_wna16.py: "channelwise is not supported by this kernel").
     _Row("vllm", "cpu", "CPUExpertsInt8", _w8a8, _all(_not_dynamic, _needs_amx, _multiples(32, 32)),
          experts=True),
     _Row("vllm", "cpu", "CPUExpertsInt4", lambda s: _is("W4A16")(s) and _group(s) != -1,
          _needs_amx, experts=True),
+    # The same file, ArmCPUExpertsInt8; cpu_int4_moe.py, CPUExpertsInt4 (KleidiAI): Arm.
+    _Row("vllm", "cpu", "ArmCPUExpertsInt8", _w8a8,
+         _all(_not_dynamic, _needs_arm, _multiples(32, 32)), experts=True),
+    _Row("vllm", "cpu", "Dynamic4bit experts", _w4a8, _all(_needs_arm, _groups(-1, 32, 64, 128)),
+         experts=True),
     # layers/quantization/compressed_tensors/schemes/compressed_tensors_w8a8_int8.py: 7.5 and up;
     # csrc/stable/quantization/w8a8/cutlass/scaled_mm_c3x_sm100.cu: "int8 not supported on SM100".
     _Row("vllm", "cuda", "CUTLASS int8", _w8a8, least=75, below=100),
@@ -236,7 +274,11 @@ _ROWS: tuple[_Row, ...] = (
     _Row("vllm", "cuda", "Triton WNA16 experts",
          lambda s: (_is("W4A16", None)(s) or _is("W8A16")(s)) and _group(s) != -1,
          least=75, experts=True),
-    _Row("vllm", "cuda", "fp8 experts", _is("FP8"), least=89, experts=True),
+    # layers/fused_moe/oracle/fp8.py: Triton or faster from 8.9; below, Marlin (7.5 and up,
+    # experts/marlin_moe.py), activations left as they are.
+    _Row("vllm", "cuda", "fp8 experts", _is("FP8"), _fp8_experts, least=89, experts=True),
+    _Row("vllm", "cuda", "Marlin fp8 experts, weights only", _is("FP8"), _fp8_experts, least=75,
+         below=89, experts=True),
 )  # fmt: skip
 
 

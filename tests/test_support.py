@@ -15,12 +15,14 @@ from compressor.doctor import vllm_python
 from compressor.models.shapes import LinearShape
 from compressor.numerics import kernels
 from compressor.numerics.quantized import QuantizedTensor
-from compressor.numerics.scheme import Scheme, WeightScheme
+from compressor.numerics.scheme import FP8_STATIC, Scheme, WeightScheme
 from compressor.support import Support, Target, check
 
 CPU = Target("vllm", "cpu")
 A100, H100, B200 = (Target("vllm", "cuda", c) for c in (80, 90, 100))
+AMX, ARM = Target("vllm", "cpu", amx=True), Target("vllm", "cpu", arm=True)
 OURS = Target("transformers", "cpu")
+FP8_PER_TENSOR = Scheme("FP8", WeightScheme(8, strategy="tensor", type="float"), FP8_STATIC)
 ZERO_POINTS = Scheme.parse("W8A8", activations="dynamic-asymmetric")
 SQUARE = [LinearShape("model.layers.0.self_attn.o_proj", 4096, 4096)]
 EXPERT = [LinearShape("model.layers.0.mlp.experts.0.gate_up", 1536, 2048, expert=True)]
@@ -89,6 +91,20 @@ def test_our_rows_say_what_the_kernels_do(name: str, dtype: torch.dtype) -> None
         (H100, Scheme.parse("W2A16"), SQUARE, "fails", "W2A16"),
         (A100, Scheme("FP8", WeightScheme(8)), SQUARE, "native", "weights only"),
         (Target("vllm", "cuda", 89), Scheme("FP8", WeightScheme(8)), SQUARE, "native", "CUTLASS"),
+        (AMX, Scheme.parse("FP8"), SQUARE, "dequantized", "one scale per tensor"),
+        (CPU, Scheme.parse("FP8"), SQUARE, "dequantized", "torch._scaled_mm"),
+        (CPU, Scheme.parse("FP8", activations="static"), SQUARE, "fails", "static activations"),
+        (AMX, FP8_PER_TENSOR, SQUARE, "native", "AMX fp8"),
+        (CPU, FP8_PER_TENSOR, SQUARE, "dequantized", "no AMX"),
+        (H100, Scheme.parse("FP8"), EXPERT, "native", "fp8 experts"),
+        (A100, Scheme.parse("FP8"), EXPERT, "native", "Marlin fp8 experts"),
+        (H100, Scheme.parse("FP8", activations="static"), EXPERT, "fails", "dynamic"),
+        (H100, FP8_PER_TENSOR, EXPERT, "native", "fp8 experts"),
+        (AMX, Scheme.parse("FP8"), EXPERT, "fails", "FP8 in experts"),
+        (ARM, Scheme.parse("W8A8"), EXPERT, "native", "ArmCPUExpertsInt8"),
+        (CPU, Scheme.parse("W8A8"), EXPERT, "fails", "Arm"),
+        (ARM, Scheme.parse("W4A8", 32), EXPERT, "native", "Dynamic4bit experts"),
+        (CPU, Scheme.parse("W4A8", 32), EXPERT, "fails", "Arm"),
     ],
     ids=str,
 )

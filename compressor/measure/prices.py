@@ -154,7 +154,9 @@ def device_id(gpu_name: str | None) -> str | None:
     if not gpu_name:
         return "cpu"
     words = set(re.split(r"[^A-Z0-9]+", gpu_name.upper()))
-    hits = [row["id"] for row in price_rows().values() if row.get("match") in words]
+    # Rows that ask for more words come first in the table.
+    asked = {id_: row["match"].split() for id_, row in price_rows().items() if "match" in row}
+    hits = [id_ for id_, needed in asked.items() if words.issuperset(needed)]
     return hits[0] if hits else None
 
 

@@ -46,8 +46,9 @@ CLAIMS: Mapping[str, Claim] = {
             "static batching",
             3.0,
             10.0,
-            "Yu et al., Orca, OSDI 2022; Anyscale, How continuous batching enables 23x throughput "
-            "in LLM inference, 2023",
+            "Yu et al., Orca, OSDI 2022, https://www.usenix.org/conference/osdi22/presentation/yu; "
+            "Anyscale, How continuous batching enables 23x throughput in LLM inference, 2023, "
+            "https://www.anyscale.com/blog/continuous-batching-llm-inference",
             "Orca: up to 36.9x over FasterTransformer at equal latency for a model of 175 billion "
             "parameters; Anyscale: up to 23x together with PagedAttention",
         ),

@@ -54,6 +54,8 @@ def test_cpu_price_scales_with_cpus_and_says_so() -> None:
         ("NVIDIA H200", "h200"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-80gb"),
         ("Tesla T4", "t4"),
         ("NVIDIA L4", "l4"),
         ("NVIDIA L40S", "l40s"),
@@ -224,7 +226,7 @@ def test_rental_plans_take_their_own_price() -> None:
     prices = resolve_prices({"device": "h100", "plan": "reserved-3y"})
     assert prices.accelerator_usd_per_hour == pytest.approx(23.77728 / 8)
     assert prices.plan == "reserved-3y" and prices.price_kind == "list"
-    assert prices.energy_included and prices.as_of == "2025-11"
+    assert prices.energy_included and prices.as_of == "2026-09"
     spot = resolve_prices({"device": "t4", "plan": "spot"})
     assert spot.accelerator_usd_per_hour == 0.1766 and spot.price_kind == "market"
     assert any("typical market figure" in line for line in spot.assumptions)

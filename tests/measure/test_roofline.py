@@ -238,7 +238,8 @@ def test_unreadable_models_and_devices_are_one_clear_error(tmp_path: Path) -> No
 
 def test_device_table_names_prices_and_sources_and_this_processor_can_be_measured() -> None:
     for device in devices().values():
-        assert device.source and (device.price is None or device.price in price_rows())
+        assert "https://" in device.source
+        assert device.price == (device.id if device.id in price_rows() else None)
         assert device.peak["float16"] > 1e13 and device.bandwidth > 1e11
     here = measure_device(seconds=0.02, buffer_bytes=1 << 24)
     assert 1e8 < here.bandwidth < 1e13 and 1e8 < here.peak["float32"] < 1e15
