@@ -131,6 +131,11 @@ def test_an_algorithm_may_be_named_alone(tmp_path: Path) -> None:
             "steps come in this order",
         ),
         (
+            GOOD + "      - distillation\n      - coordinate_descent\n",
+            6,
+            "distillation looks at the whole quantized model: it comes last",
+        ),
+        (
             GOOD.replace("W4A16, group_size: 64", "FP8") + "      - coordinate_descent\n",
             8,
             "quantize.1.coordinate_descent: it works on an integer grid, which scheme FP8 is not: "

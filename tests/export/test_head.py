@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from compressor.errors import RunError
 from compressor.evaluate.divergence import score_baseline, score_variant
-from compressor.models.head import split
 from compressor.export import compressed_tensors as ct
 from compressor.models.architecture import CausalLM
+from compressor.models.head import split
 from compressor.quantize import registry
 from compressor.quantize.codes import iterate_quantized
 from compressor.quantize.driver import quantize_model
