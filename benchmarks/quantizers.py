@@ -74,9 +74,14 @@ OURS: dict[str, list[dict[str, Any]]] = {
     "rotation+gptq": [{"rotation": {}}, {"gptq": _GPTQ}],
     "awq+gptq+signround": [{"awq": {}}, {"gptq": _GPTQ}, _REFINED],
     "rotation+gptq+signround": [{"rotation": {}}, {"gptq": _GPTQ}, _REFINED],
+    "rotation+gptq+distillation": [{"rotation": {}}, {"gptq": _GPTQ}, {"distillation": {}}],
     "W8A8 smoothquant+gptq": [{"smoothquant": {}}, _INT8],
     "W8A8 rotation+smoothquant+gptq": [{"rotation": {}}, {"smoothquant": {}}, _INT8],
     "W8A8 rotation+smoothquant+gptq, asymmetric activations": _ASYMMETRIC,
+    "W8A8 the same + distillation": [
+        *_ASYMMETRIC,
+        {"distillation": {"steps": 32, "learning_rate": 5e-4}},
+    ],
     "W8A8 the same, down_proj of 3 blocks left in bf16": _ASYMMETRIC,
     "W8A8 the same, down_proj of 6 blocks left in bf16": _ASYMMETRIC,
 }

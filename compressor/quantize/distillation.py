@@ -40,10 +40,10 @@ State = dict[str, torch.Tensor]
 class DistillationOptions(AlgorithmOptions):
     """Options of distillation."""
 
-    steps: int = Field(48, ge=1, description="Optimizer steps.")
+    steps: int = Field(64, ge=1, description="Optimizer steps.")
     batch_size: int = Field(2, ge=1, description="Calibration samples per step.")
     learning_rate: float = Field(
-        2e-3, gt=0, description="Of the factors on scales and norms, at its peak (Adam, cosine)."
+        1.5e-3, gt=0, description="Of the factors on scales and norms, at its peak (Adam, cosine)."
     )
     norms: bool = Field(True, description="Train the weights of the norms as well.")
 
