@@ -110,9 +110,7 @@ def test_next_tokens_agree_with_our_own_model(
     assert tokenizer.encode(applied) == prompts[0]
     first = sum(a[:1] == b[:1] for a, b in zip(theirs, ours, strict=True))
     whole = sum(a[: len(b)] == b for a, b in zip(theirs, ours, strict=True))
-    print(
-        f"{variant}: {sum(same)} of {len(same)} next tokens, {first} first, {whole} whole answers"
-    )
+    print(f"{variant}: {sum(same)} of {len(same)} next tokens, {first} first, {whole} answers")
     assert sum(same) >= LEAST[variant] * len(same) and first >= PROMPTS - 1
 
 
@@ -125,6 +123,8 @@ def test_a_run_measures_it_and_can_be_verified(run: Path) -> None:
         assert [point["concurrency"] for point in points] == [1, 2]
         assert all(point["engine"].startswith("llama.cpp") for point in points)
         assert all(point["error_rate"] == 0 for point in points)
+        sizes = {artifact["format"]: artifact["size_bytes"] for artifact in variant["artifacts"]}
+        assert variant["size_bytes"] == sizes["gguf"] != sizes["compressed-tensors"]
     types = [gguf_file_type(run / "artifacts" / name / "gguf" / "model.gguf") for name in VARIANTS]
     assert types == ["BF16", "Q8_0", "Q4_0", "Q4_1"]
     compress("verify", str(run), cwd=run)
