@@ -212,9 +212,7 @@ def _ggml_blocks(scheme: Scheme, shape: LinearShape, _: Target) -> str:
 
 
 def _ggml_price(scheme: Scheme, shape: LinearShape, target: Target) -> str:
-    # ggml-cpu/ggml-cpu.c, type_traits_cpu: vec_dot_type is Q8_0 or Q8_1, which is what activations
-    # are rounded to; ggml-cuda/mmq.cuh does the same.
-    told = ["activations are rounded to 8 bits per 32 columns"]
+    told = []
     bits = scheme.weights.num_bits
     if bits not in (4, 8):
         told.append(f"{bits} bits are stored in {4 if bits < 4 else 8}")
@@ -283,15 +281,15 @@ _ROWS: tuple[_Row, ...] = (
          lambda s: (_is("W4A16", None)(s) or _is("W8A16")(s)) and _group(s) != -1,
          least=75, experts=True),
     _Row("vllm", "cuda", "fp8 experts", _is("FP8"), least=89, experts=True),
-    # ggml-cpu/ggml-cpu.c, type_traits_cpu: a dot product of every block type, for any shape. What
-    # no block holds is exported in 16 bits.
-    *(_Row("llama.cpp", "cpu", f"ggml {kind}", _ggml(kind), _ggml_blocks, experts=None,
-           price=_ggml_price) for kind in ("Q4_0", "Q4_1", "Q8_0")),
+    # ggml-cpu/ggml-cpu.c, type_traits_cpu: a dot product of every block type, for any shape, with
+    # activations rounded to Q8_0 or Q8_1. What no block holds is exported in 16 bits.
+    *(_Row("llama.cpp", "cpu", f"ggml {kind}, 8-bit activations", _ggml(kind), _ggml_blocks,
+           experts=None, price=_ggml_price) for kind in ("Q4_0", "Q4_1", "Q8_0")),
     _Row("llama.cpp", "cpu", "16-bit weights", lambda s: True, level="dequantized", experts=None),
     # ggml-cuda/mmq.cu, ggml_cuda_should_use_mmq: the integer dot product of 6.1 and up
     # (ggml-cuda/common.cuh, GGML_CUDA_CC_DP4A); below, weights are dequantized for cuBLAS.
-    *(_Row("llama.cpp", "cuda", f"MMQ {kind}", _ggml(kind), _ggml_blocks, least=61, experts=None,
-           price=_ggml_price) for kind in ("Q4_0", "Q4_1", "Q8_0")),
+    *(_Row("llama.cpp", "cuda", f"MMQ {kind}, 8-bit activations", _ggml(kind), _ggml_blocks,
+           least=61, experts=None, price=_ggml_price) for kind in ("Q4_0", "Q4_1", "Q8_0")),
     _Row("llama.cpp", "cuda", "16-bit weights", lambda s: True, level="dequantized", experts=None),
 )  # fmt: skip
 

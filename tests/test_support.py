@@ -141,13 +141,13 @@ def test_llama_cpp_rows_say_what_is_exported() -> None:
                 assert found.level == "dequantized" and found.reason, scheme
             else:
                 assert found.level == "native", (scheme, columns)
-                assert found.kernel == f"{kernel} {blocks.type.name}"
+                assert found.kernel == f"{kernel} {blocks.type.name}, 8-bit activations"
 
 
 @pytest.mark.parametrize(
     ("target", "scheme", "shapes", "level", "words"),
     [
-        (LLAMA_CPU, Scheme.parse("W8A8"), SQUARE, "native", "rounded to 8 bits per 32"),
+        (LLAMA_CPU, Scheme.parse("W8A8"), SQUARE, "native", "Q8_0, 8-bit activations"),
         (LLAMA_CPU, Scheme.parse("W5A16"), SQUARE, "native", "5 bits are stored in 8"),
         (LLAMA_CPU, Scheme.parse("W4A16", 64), [LinearShape("x", 12, 64)], "native", "repacked"),
         (LLAMA_CPU, Scheme.parse("W4A16", 64, symmetric=False), SQUARE, "native", "prompts"),
