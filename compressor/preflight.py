@@ -7,7 +7,7 @@ import math
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compressor import support
@@ -88,7 +88,8 @@ class Preflight:
         found = [
             f.sentence
             for f in self.findings
-            if f.support.level != "native" and (f.chosen or (f.here and f.target.engine == "vllm"))
+            if f.support.level != "native"
+            and (f.chosen or (f.here and f.target.engine != "transformers"))
         ]
         stage = max(self.stages, key=lambda s: s.estimate.memory_bytes, default=None)
         if stage is not None and stage.estimate.memory_bytes > self.free_bytes:
@@ -128,13 +129,15 @@ def preflight(plan: Plan, targets: Sequence[Target] | None = None) -> Preflight:
 
     Args:
         plan: as `make_plan` made it.
-        targets: vLLM's devices to look at, this machine's first; when not given, that and, where
-            it has no GPU, common ones.
+        targets: served engines' devices to look at, this machine's first of each engine; when not
+            given, that of the engines that take what the recipe exports and, where there is no
+            GPU, common ones.
     """
     recipe, names = plan.recipe, {stage.variant for stage in plan.stages}
     # Our own engine loads models on the CPU (stages.measure).
     own = Target("transformers", "cpu", bfloat16=_dtype(recipe) in ("auto", "bfloat16"))
-    vllm = list(targets if targets is not None else vllm_targets())
+    served = list(targets if targets is not None else _targets(recipe))
+    nearest = {own.engine: own} | {t.engine: t for t in reversed(served)}
     measured = recipe.measure.engine if recipe.measure is not None else None
     findings, notes = [], []
     fused = fused_experts(plan.facts.tensors)
@@ -154,8 +157,8 @@ def preflight(plan: Plan, targets: Sequence[Target] | None = None) -> Preflight:
             if refusal := _indivisible(scheme, shapes):
                 notes.append(f"{name} ({scheme.name}): {refusal}: the quantizer will refuse it")
                 continue
-            for target in (own, *vllm):
-                here = target in (own, *vllm[:1])
+            for target in (own, *served):
+                here = target == nearest[target.engine]
                 findings.append(
                     Finding(
                         variant=name,
@@ -167,6 +170,24 @@ def preflight(plan: Plan, targets: Sequence[Target] | None = None) -> Preflight:
                     )
                 )
     return Preflight(tuple(findings), tuple(notes), tuple(plan.remaining), free_bytes())
+
+
+def _targets(recipe: Recipe) -> list[Target]:
+    """Of the servers that take what the recipe exports."""
+    targets = vllm_targets() if "compressed-tensors" in recipe.export else []
+    return [*targets, *(llama_cpp_targets() if "gguf" in recipe.export else [])]
+
+
+def llama_cpp_targets() -> list[Target]:
+    """llama.cpp on this machine's processor, for which ``scripts/setup_llama_cpp.sh`` builds it, and
+    on its GPU, or without one on a common one."""
+    import torch
+
+    cpu = replace(this_cpu(), engine="llama.cpp")
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return [cpu, Target("llama.cpp", "cuda", 10 * major + minor)]
+    return [cpu, Target("llama.cpp", "cuda", _COMMON_GPUS[0])]
 
 
 def vllm_targets() -> list[Target]:

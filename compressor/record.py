@@ -197,6 +197,7 @@ def run_report(
     load, ledger = results["load"], None
     if "measure" in results:
         ledger = read_json(run_dir, LEDGER) | dict(measured or {})
+    sizes = ledger["artifact_bytes"] if ledger else {}
     return build_report(
         recipe={"name": run["name"], "sha256": content_key(read_lock(run_dir))},
         created=run["created"],
@@ -208,7 +209,10 @@ def run_report(
             for key in ("source", "revision", "architecture", "parameters", "size_bytes")
         },
         calibration=results.get("calibrate"),
-        variants=[_variant(run_dir, run, stages, name, quality) for name in run["variants"]],
+        variants=[
+            _variant(run_dir, run, stages, name, quality, sizes.get(name))
+            for name in run["variants"]
+        ],
         measured=ledger,
         stages=read_json(run_dir, PLAN),
         notes=list(load["notes"]),
@@ -222,8 +226,10 @@ def _variant(
     stages: Sequence[Mapping[str, Any]],
     name: str,
     quality: Mapping[str, Sequence[Mapping[str, Any]]] | None,
+    measured_bytes: int | None,
 ) -> dict[str, Any]:
-    """One variant's entry of the report."""
+    """One variant's entry of the report; its size is that of the artifact that was measured, or of
+    the first where none was."""
     own = {stage["name"]: stage for stage in stages if stage["variant"] == name}
     quantized, scored = own.get(f"quantize:{name}"), own.get(f"evaluate:{name}")
     rows = scored["result"]["quality"] if scored else []
@@ -236,7 +242,7 @@ def _variant(
         "algorithm": None,
         "scheme": None,
         "group_size": None,
-        "size_bytes": None,
+        "size_bytes": measured_bytes,
         "coverage": None,
         "precision": None,
         "quantization": None,

@@ -4,7 +4,8 @@ One row for each kernel, in the engine's own order of preference: the first whos
 and shape fit is what the engine takes. Each row names the source that says so. vLLM's are of
 version 0.32 (https://github.com/vllm-project/vllm/tree/v0.32.0), paths under
 ``vllm/model_executor``, for activations in bfloat16; "optional" kernels that need a package beside
-vLLM's own (humming, conch, zentorch) are not counted.
+vLLM's own (humming, conch, zentorch) are not counted. llama.cpp's are of version 0.5, paths under
+``ggml/src``; what it is given is what `compressor.numerics.ggml.to_blocks` makes of a scheme.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from compressor.models.shapes import LinearShape
 from compressor.numerics.scheme import DYNAMIC, Scheme
 
 VLLM_VERSION = "0.32"
+LLAMA_CPP_VERSION = "0.5"
 Level = Literal["native", "dequantized", "fails"]
 _WORST: tuple[Level, ...] = ("native", "dequantized", "fails")
 
@@ -26,7 +28,8 @@ class Target:
     """An engine on a device.
 
     Attributes:
-        engine: ``transformers`` (this package's own kernels in transformers' model) or ``vllm``.
+        engine: ``transformers`` (this package's own kernels in transformers' model), ``vllm`` or
+            ``llama.cpp`` (which serves GGUF artifacts).
         device: ``cpu`` or ``cuda``.
         capability: compute capability of the GPU, 90 for 9.0; 0 on a CPU.
         amx: whether the CPU has AMX tiles.
@@ -34,7 +37,7 @@ class Target:
         bfloat16: whether activations are in it; only this package's own kernels ask.
     """
 
-    engine: Literal["transformers", "vllm"]
+    engine: Literal["transformers", "vllm", "llama.cpp"]
     device: Literal["cpu", "cuda"]
     capability: int = 0
     amx: bool = False
@@ -42,7 +45,8 @@ class Target:
     bfloat16: bool = True
 
     def __str__(self) -> str:
-        version = f" {VLLM_VERSION}" if self.engine == "vllm" else ""
+        known = {"vllm": f" {VLLM_VERSION}", "llama.cpp": f" {LLAMA_CPP_VERSION}"}
+        version = known.get(self.engine, "")
         if self.device == "cpu":
             return f"{self.engine}{version}, CPU"
         return f"{self.engine}{version}, CUDA {self.capability / 10:.1f}"
@@ -211,6 +215,46 @@ def _reference_on_x86(_: Scheme, __: LinearShape, target: Target) -> str:
     return "" if target.arm else "PyTorch has only slow reference code for it on x86"
 
 
+def _ggml(kind: str) -> Callable[[Scheme], bool]:
+    """Whether a scheme's codes are written in a block type: numerics/ggml.py, to_blocks."""
+
+    def test(scheme: Scheme) -> bool:
+        weights = scheme.weights
+        # Codes of up to 3 bits less any zero point of theirs reach from -7 to 7.
+        fits = 4 if weights.symmetric else 3
+        few = "Q4_0" if weights.num_bits <= fits else "Q4_1"
+        return weights.type == "int" and kind == (few if weights.num_bits <= 4 else "Q8_0")
+
+    return test
+
+
+def _ggml_blocks(scheme: Scheme, shape: LinearShape, _: Target) -> str:
+    if shape.in_features % 32:
+        return f"{shape.in_features} input features are not whole blocks of 32"
+    if _group(scheme) % 32 and _group(scheme) != -1:
+        return f"groups of {_group(scheme)} columns are not whole blocks of 32"
+    if scheme.weights.num_bits == 8 and not scheme.weights.symmetric:
+        return "codes less their zero point may need 9 bits"
+    return ""
+
+
+def _ggml_price(scheme: Scheme, shape: LinearShape, target: Target) -> str:
+    told = []
+    bits = scheme.weights.num_bits
+    if bits not in (4, 8):
+        told.append(f"{bits} bits are stored in {4 if bits < 4 else 8}")
+    if target.device == "cuda" and 70 <= target.capability < 75:
+        # ggml-cuda/mmq.cu, ggml_cuda_should_use_mmq, and MMQ_DP4A_MAX_BATCH_SIZE.
+        told.append("64 tokens and more at once are multiplied in float16 (cuBLAS)")
+    if target.device == "cpu" and _ggml("Q4_0")(scheme) and shape.out_features % 8:
+        # ggml-cpu/repack.cpp, ggml_repack_get_optimal_repack_type
+        told.append(f"{shape.out_features} output features are not repacked by 8")
+    if target.device == "cpu" and _ggml("Q4_1")(scheme):
+        # It is neither in repack.cpp nor in ggml-cpu/llamafile/sgemm.cpp.
+        told.append("no matrix kernel: prompts are no faster by the token than single tokens")
+    return "; ".join(told)
+
+
 _ROWS: tuple[_Row, ...] = (
     # numerics/kernels.py, select: the model is loaded on the CPU.
     _Row("transformers", "cpu", "int8-int_mm", _w8a8, experts=None),
@@ -279,6 +323,16 @@ _ROWS: tuple[_Row, ...] = (
     _Row("vllm", "cuda", "fp8 experts", _is("FP8"), _fp8_experts, least=89, experts=True),
     _Row("vllm", "cuda", "Marlin fp8 experts, weights only", _is("FP8"), _fp8_experts, least=75,
          below=89, experts=True),
+    # ggml-cpu/ggml-cpu.c, type_traits_cpu: a dot product of every block type, for any shape, with
+    # activations rounded to Q8_0 or Q8_1. What no block holds is exported in 16 bits.
+    *(_Row("llama.cpp", "cpu", f"ggml {kind}, 8-bit activations", _ggml(kind), _ggml_blocks,
+           experts=None, price=_ggml_price) for kind in ("Q4_0", "Q4_1", "Q8_0")),
+    _Row("llama.cpp", "cpu", "16-bit weights", lambda s: True, level="dequantized", experts=None),
+    # ggml-cuda/mmq.cu, ggml_cuda_should_use_mmq: the integer dot product of 6.1 and up
+    # (ggml-cuda/common.cuh, GGML_CUDA_CC_DP4A); below, weights are dequantized for cuBLAS.
+    *(_Row("llama.cpp", "cuda", f"MMQ {kind}, 8-bit activations", _ggml(kind), _ggml_blocks,
+           least=61, experts=None, price=_ggml_price) for kind in ("Q4_0", "Q4_1", "Q8_0")),
+    _Row("llama.cpp", "cuda", "16-bit weights", lambda s: True, level="dequantized", experts=None),
 )  # fmt: skip
 
 
@@ -297,6 +351,8 @@ def check(
         # compressed_tensors.py, from_config: "group/dynamic activation ordering is no longer
         # supported"; schemes/compressed_tensors_wNa16.py makes no weight_g_idx.
         return Support("fails", "", "activation order without static_groups is not read")
+    if g_idx and target.engine == "llama.cpp" and scheme.weights.strategy == "group":
+        return Support("fails", "", "GGUF has no columns grouped by activation order")
     found = [_one(target, scheme, shape) for shape in shapes or (LinearShape("", 4096, 4096),)]
     worst = max(found, key=lambda one: _WORST.index(one.level))
     kernels = sorted({one.kernel for one in found if one.level == worst.level and one.kernel})

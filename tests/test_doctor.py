@@ -32,7 +32,7 @@ def test_everything_that_is_missing_says_what_to_install(tmp_path: Path) -> None
         assert check.found or check.fix, check.name
     required = {check.name for check in found if check.required}
     assert {"torch", "transformers", "compressed-tensors"} <= required
-    assert not required & {"vLLM", "CUDA", "lm-eval"}
+    assert not required & {"vLLM", "llama.cpp", "CUDA", "lm-eval"}
 
 
 def test_torch_that_cannot_be_imported_is_reported(
@@ -43,6 +43,18 @@ def test_torch_that_cannot_be_imported_is_reported(
     assert checks["torch"].found is None and checks["torch"].fix.startswith("pip install 'torch")
     assert checks["CUDA"].found is None and checks["device"].found
     assert doctor.environment()["threads"] is None
+
+
+def test_llama_cpp_is_found_where_the_variable_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = tmp_path / "llama-server"
+    monkeypatch.setenv("COMPRESSOR_LLAMA_SERVER", str(server))
+    found = {check.name: check for check in doctor.checks(tmp_path)}["llama.cpp"]
+    assert found.found is None and "setup_llama_cpp.sh" in found.fix
+    server.touch(0o755)
+    found = {check.name: check for check in doctor.checks(tmp_path)}["llama.cpp"]
+    assert found.found == str(server)
 
 
 def test_vllm_is_found_where_the_variable_says(

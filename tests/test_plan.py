@@ -1,16 +1,22 @@
-"""Estimates: which parts they are made of, and that more work never counts as less."""
+"""Stages and their inputs; of what parts estimates are made, and that more work never counts as
+less."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor.plan import ModelFacts, _role, _Speed
+from compressor.plan import ModelFacts, _role, _Speed, make_plan
 from compressor.quantize import registry
+from compressor.recipe import load_recipe
+from compressor.store import Store
+from tests import tiny
 
 FACTS = ModelFacts("LlamaForCausalLM", 134_515_008, 576, 1536, 30, 49152)
 TOKENS, LENGTH = 16 * 512, 512
@@ -100,6 +106,37 @@ def test_a_block_refinement_follows_the_original_too() -> None:
     plain, refined = seconds("gptq"), seconds("gptq", "signround")
     assert refined["forward"] == pytest.approx(3 * plain["forward"])
     assert memory("gptq", "signround")["activations"] == 2 * memory("gptq")["activations"]
+
+
+def test_a_gguf_export_holds_one_tensor() -> None:
+    speed = Fixed(FACTS)
+    plain = speed.export("gguf", quantized=False)
+    linears = speed.export("gguf", quantized=True)
+    assert plain.memory_bytes == linears.memory_bytes == speed.BASE_MEMORY + 4 * 49152 * 576
+    head = speed.export("gguf", quantized=True, head=True)
+    assert head.least_memory == head.memory_bytes == speed.BASE_MEMORY + 40 * 49152 * 576
+    other = speed.export("compressed-tensors", quantized=True)
+    assert linears.disk_bytes == 2 * other.disk_bytes  # the tensors, and the file
+
+
+@pytest.mark.parametrize(
+    ("engine", "served"), [("transformers", "compressed-tensors"), ("llama.cpp", "gguf")]
+)
+def test_what_is_measured_is_what_the_engine_serves(
+    tmp_path: Path, engine: str, served: str
+) -> None:
+    tiny.build("llama", tmp_path / "model")
+    recipe = {
+        "version": 1,
+        "model": {"source": "model"},
+        "variants": {"int8": {"quantize": [{"rtn": {"scheme": "W8A16"}}]}},
+        "measure": {"engine": engine},
+        "export": ["compressed-tensors", "gguf"],
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    plan = make_plan(load_recipe(tmp_path / "r.yaml"), Store(tmp_path / "store"))
+    (stage,) = [stage for stage in plan.stages if stage.kind == "measure"]
+    assert stage.inputs == ("load", f"export:baseline:{served}", f"export:int8:{served}")
 
 
 @given(

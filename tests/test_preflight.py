@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from compressor.errors import RecipeError, RunError
 from compressor.plan import Estimate, Plan, make_plan
-from compressor.preflight import Preflight, preflight, vllm_targets
+from compressor.preflight import Preflight, llama_cpp_targets, preflight, vllm_targets
 from compressor.recipe import load_recipe
 from compressor.store import Store
 from compressor.support import Target
@@ -22,7 +22,13 @@ from tests import tiny
 CPU = Target("vllm", "cpu")
 
 
-def planned(tmp_path: Path, arch: str = "llama", **variants: Any) -> Plan:
+def planned(
+    tmp_path: Path,
+    arch: str = "llama",
+    engine: str = "transformers",
+    export: tuple[str, ...] = ("compressed-tensors",),
+    **variants: Any,
+) -> Plan:
     if not (tmp_path / "model").exists():
         tiny.build(arch, tmp_path / "model")
     recipe = {
@@ -33,7 +39,8 @@ def planned(tmp_path: Path, arch: str = "llama", **variants: Any) -> Plan:
             name: variant if isinstance(variant, dict) else {"quantize": variant}
             for name, variant in variants.items()
         },
-        "measure": {},
+        "measure": {"engine": engine},
+        "export": list(export),
     }
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     return make_plan(load_recipe(tmp_path / "r.yaml"), Store(tmp_path / "store"))
@@ -157,6 +164,26 @@ def test_a_chosen_engine_that_cannot_load_a_variant_is_an_error(tmp_path: Path) 
         dataclasses.replace(found, findings=chosen).check()
 
 
+def test_llama_cpp_is_looked_at_where_it_gets_something(tmp_path: Path) -> None:
+    variants = {"fine": rtn(scheme="W4A16", group_size=16), "int8": rtn(scheme="W8A16")}
+    plan = planned(tmp_path, engine="llama.cpp", export=("gguf",), **variants)
+    found = preflight(plan)
+    assert levels(found) == {
+        ("fine", "transformers"): "dequantized",
+        ("int8", "transformers"): "native",
+        ("fine", "llama.cpp"): "dequantized",
+        ("int8", "llama.cpp"): "native",
+    }
+    assert {f.target.device for f in found.findings if f.chosen} == {"cpu"}
+    (warning,) = found.warnings
+    assert warning.startswith("fine (W4A16, groups of 16): llama.cpp 0.5, CPU: runs by 16-bit")
+    found.check()
+    both = preflight(planned(tmp_path, export=("compressed-tensors", "gguf"), **variants))
+    assert {f.target.engine for f in both.findings} == {"transformers", "vllm", "llama.cpp"}
+    assert {f.target.engine for f in both.findings if f.chosen} == {"transformers"}
+
+
 def test_this_machine_comes_first() -> None:
-    targets = vllm_targets()
-    assert targets and all(target.engine == "vllm" for target in targets)
+    for engine, targets in (("vllm", vllm_targets()), ("llama.cpp", llama_cpp_targets())):
+        assert targets and all(target.engine == engine for target in targets)
+    assert llama_cpp_targets()[0].device == "cpu"

