@@ -215,8 +215,8 @@ class _Builder:
         draft = Stage(name, kind, variant, plain, tuple(inputs), "", False, estimate, local or {})
         key = draft.key_given({n: self.stages[n].key for n in inputs})
         cached = self.store.get(key) is not None
-        if cached:
-            estimate = Estimate(0.0, 0, 0)
+        if cached or any(stage.key == key for stage in self.stages.values()):
+            estimate = Estimate(0.0, 0, 0)  # done before, or by another variant's stage
         self.stages[name] = Stage(
             name, kind, variant, plain, tuple(inputs), key, cached, estimate, draft.local
         )
@@ -245,14 +245,27 @@ class _Builder:
                 local={"base_dir": recipe.base_dir},
             )
         exports = [self._export(BASELINE, "compressed-tensors", [model])]
-        if "gguf" in recipe.export:
-            self._export(BASELINE, "gguf", [model])  # early: it tells whether the model can be one
+        if "gguf" in recipe.export:  # early: it tells whether the model can be one
+            stage = self._export(BASELINE, "gguf", [model])
+            if self._measured("gguf"):
+                exports.append(stage)
         texts = baseline_scores = None
         if recipe.evaluate is not None:
             texts, baseline_scores = self._baseline_scores(model)
         quantized, sources = {}, {}
+        first: dict[str, str] = {}  # variant by what it does to the model
+        shared: dict[str, str] = {}  # by variant: whose stages its own are equal to
         for name, variant in recipe.variants.items():
             if name not in wanted:
+                continue
+            same = json.dumps(variant.model_dump(mode="json", exclude={"serve"}), sort_keys=True)
+            owner = BASELINE if not variant.quantize else first.setdefault(same, name)
+            shared[name] = owner
+            if owner == BASELINE:
+                for fmt in recipe.export:
+                    stage = self._export(name, fmt, [model], owner=BASELINE)
+                    if self._measured(fmt):
+                        exports.append(stage)
                 continue
             steps = [step.dump() for step in variant.quantize]
             precision = variant.precision
@@ -301,16 +314,18 @@ class _Builder:
             )
             head = variant.lm_head is not None
             for fmt in recipe.export if library is None else (library.format,):
-                stage = self._export(name, fmt, [*source, quantized[name]], head=head)
-                if fmt != "gguf":
+                inputs = [*source, quantized[owner]]
+                stage = self._export(name, fmt, inputs, head=head, owner=owner)
+                if self._measured(fmt):
                     exports.append(stage)
         if recipe.evaluate is not None and texts and baseline_scores:
-            for name, stage in quantized.items():
+            for name, owner in shared.items():
+                against = [baseline_scores, quantized[owner]] if owner != BASELINE else []
                 self.add(
                     f"evaluate:{name}",
                     "evaluate",
                     {"batch_size": recipe.evaluate.batch_size},
-                    [*sources[name], texts, baseline_scores, stage],
+                    [*sources.get(name, [model]), texts, *against],
                     speed.evaluate(self._evaluated_tokens(), variant=True),
                     variant=name,
                 )
@@ -319,6 +334,7 @@ class _Builder:
                 "measure",
                 "measure",
                 recipe.measure.model_dump(mode="json")
+                | self._serve(shared)
                 | _local_file(recipe.measure.workload.prompts, recipe.base_dir, self.store),
                 [model, *exports],
                 speed.measure(recipe.measure.workload, len(exports)),
@@ -363,15 +379,35 @@ class _Builder:
             self.speed.sensitivity(tokens, len(precision.schemes)),
         )
 
-    def _export(self, variant: str, fmt: str, inputs: list[str], head: bool = False) -> str:
+    def _measured(self, fmt: str) -> bool:
+        """Whether artifacts of a format are there to be measured: GGUF for llama.cpp alone."""
+        measure = self.recipe.measure
+        return fmt != "gguf" or (measure is not None and measure.engine == "llama.cpp")
+
+    def _serve(self, variants: Iterable[str]) -> dict[str, Any]:
+        """Serving settings of their own, by variant; nothing where none has any."""
+        own = {name: self.recipe.variants[name].serve for name in variants}
+        found = {name: serve.given for name, serve in own.items() if serve is not None}
+        return {"serve": found} if found else {}
+
+    def _export(
+        self,
+        variant: str,
+        fmt: str,
+        inputs: list[str],
+        head: bool = False,
+        owner: str | None = None,
+    ) -> str:
+        """`owner` is the variant whose artifact this one shares; its own where not given."""
+        owner = owner or variant
         parameters = self.facts.parameters
         if head:  # no longer shared with the embeddings
             parameters += self.facts.vocabulary * self.facts.hidden
-        size = self.speed.bytes_per_weight(variant != BASELINE) * parameters
+        size = self.speed.bytes_per_weight(owner != BASELINE) * parameters
         return self.add(
             f"export:{variant}:{fmt}",
             "export",
-            {"variant": variant, "format": fmt},
+            {"variant": owner, "format": fmt},
             inputs,
             Estimate(3 + size / 1.5e8, 1_000_000_000, int(size)),
             variant=variant,
@@ -598,8 +634,9 @@ class _Speed:
 
     def measure(self, workload: Any, variants: int) -> Estimate:
         step = 0.01 + 2 * self.facts.parameters / 1e10
+        bounds = workload.output_length_range or [workload.output_length]
         per_variant = sum(
-            workload.requests / c * workload.output_length * step * (1 + c / 16)
+            workload.requests / c * sum(bounds) / len(bounds) * step * (1 + c / 16)
             for c in workload.concurrency
         )
         per_variant += sum(workload.requests / rate for rate in workload.rate_per_s)

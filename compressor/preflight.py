@@ -132,8 +132,6 @@ def preflight(plan: Plan, targets: Sequence[Target] | None = None) -> Preflight:
             it has no GPU, common ones.
     """
     recipe, names = plan.recipe, {stage.variant for stage in plan.stages}
-    # Our own engine loads models on the CPU (stages.measure).
-    own = Target("transformers", "cpu", bfloat16=_dtype(recipe) in ("auto", "bfloat16"))
     vllm = list(targets if targets is not None else vllm_targets())
     measured = recipe.measure.engine if recipe.measure is not None else None
     findings, notes = [], []
@@ -149,6 +147,9 @@ def preflight(plan: Plan, targets: Sequence[Target] | None = None) -> Preflight:
     for name, variant in recipe.variants.items():
         if name not in names:
             continue
+        # Our own engine loads models on the CPU (stages.measure).
+        dtype = (variant.serve and variant.serve.dtype) or _dtype(recipe)
+        own = Target("transformers", "cpu", bfloat16=dtype in ("auto", "bfloat16"))
         shapes = linear_shapes(_kept(plan.facts.tensors, variant.ignore))
         for scheme, g_idx in _schemes(variant):
             if refusal := _indivisible(scheme, shapes):
@@ -193,7 +194,7 @@ def _dtype(recipe: Recipe) -> str:
 
 def _schemes(variant: Variant) -> list[tuple[Scheme, bool]]:
     """Every scheme that layers of the variant may get, and whether columns get a group index."""
-    options: Any = None if variant.library else variant.quantizer.options
+    options: Any = variant.quantizer.options if variant.quantize and not variant.library else None
     if not isinstance(options, registry.SchemeOptions):
         return []  # a library's or a third party's, whose grid is not known
     g_idx = getattr(options, "desc_act", False) and not getattr(options, "static_groups", True)
