@@ -262,9 +262,9 @@ class _Builder:
             owner = BASELINE if not variant.quantize else first.setdefault(same, name)
             shared[name] = owner
             if owner == BASELINE:
-                for fmt in recipe.export:
-                    stage = self._export(name, fmt, [model], owner=BASELINE)
-                    if self._measured(fmt):
+                for listed in recipe.export:
+                    stage = self._export(name, listed, [model], owner=BASELINE)
+                    if self._measured(listed):
                         exports.append(stage)
                 continue
             steps = [step.dump() for step in variant.quantize]

@@ -224,7 +224,9 @@ class Serve(_Section):
         None, description="Activations' dtype, instead of measure.dtype."
     )
     flags: list[str] | None = Field(
-        None, description="Arguments of the vLLM or llama.cpp server, instead of measure.flags."
+        None,
+        description="Arguments of the vLLM or llama.cpp server, one word an item, instead of "
+        "measure.flags.",
     )
     variables: dict[str, str] | None = Field(
         None,

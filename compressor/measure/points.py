@@ -220,7 +220,10 @@ def figures(
             performance[name].append(row)
             if name == first and row["cost_usd_per_mtok_output"]:
                 costs[key] = row["cost_usd_per_mtok_output"]["value"]
-    found = {"performance": performance, "economics": economics(record, performance)}
+    found: dict[str, Any] = {
+        "performance": performance,
+        "economics": economics(record, performance),
+    }
     if declared := record.get("waterfall"):
         ordered = {
             name: dict(sorted(rows.items(), key=lambda item: _order(item[0])))

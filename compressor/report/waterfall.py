@@ -137,4 +137,5 @@ def _write(axes: Axes, place: float, height: float, text: str) -> None:
         ha="center",
         fontsize=9,
         zorder=6,
+        bbox={"facecolor": "#ffffff", "edgecolor": "none", "pad": 0.8},
     )
