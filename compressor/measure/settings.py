@@ -106,7 +106,7 @@ class MeasureSettings:
                 where="measure.workload.rate_per_s",
                 fix="for example rate_per_s: [0.5, 1, 2]",
             )
-        if min(self.output_length, *(self.output_length_range or ())) < 2:
+        if min([self.output_length, *(self.output_length_range or ())]) < 2:
             raise RecipeError(
                 "output_length must be at least 2, else there is no time per output token",
                 where="measure.workload.output_length",
