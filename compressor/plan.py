@@ -215,8 +215,8 @@ class _Builder:
         draft = Stage(name, kind, variant, plain, tuple(inputs), "", False, estimate, local or {})
         key = draft.key_given({n: self.stages[n].key for n in inputs})
         cached = self.store.get(key) is not None
-        if cached:
-            estimate = Estimate(0.0, 0, 0)
+        if cached or any(stage.key == key for stage in self.stages.values()):
+            estimate = Estimate(0.0, 0, 0)  # done before, or by another variant's stage
         self.stages[name] = Stage(
             name, kind, variant, plain, tuple(inputs), key, cached, estimate, draft.local
         )
@@ -252,8 +252,17 @@ class _Builder:
         if recipe.evaluate is not None:
             texts, baseline_scores = self._baseline_scores(model)
         quantized, sources = {}, {}
+        first: dict[str, str] = {}  # variant by what it does to the model
+        shared: dict[str, str] = {}  # by variant: whose stages its own are equal to
         for name, variant in recipe.variants.items():
             if name not in wanted:
+                continue
+            same = json.dumps(variant.model_dump(mode="json", exclude={"serve"}), sort_keys=True)
+            owner = BASELINE if not variant.quantize else first.setdefault(same, name)
+            shared[name] = owner
+            if owner == BASELINE:
+                for listed in recipe.export:
+                    exports.append(self._export(name, listed, [model], owner=BASELINE))
                 continue
             steps = [step.dump() for step in variant.quantize]
             precision = variant.precision
@@ -302,14 +311,16 @@ class _Builder:
             )
             head = variant.lm_head is not None
             for fmt in recipe.export if library is None else (library.format,):
-                exports.append(self._export(name, fmt, [*source, quantized[name]], head=head))
+                inputs = [*source, quantized[owner]]
+                exports.append(self._export(name, fmt, inputs, head=head, owner=owner))
         if recipe.evaluate is not None and texts and baseline_scores:
-            for name, stage in quantized.items():
+            for name, owner in shared.items():
+                against = [baseline_scores, quantized[owner]] if owner != BASELINE else []
                 self.add(
                     f"evaluate:{name}",
                     "evaluate",
                     {"batch_size": recipe.evaluate.batch_size},
-                    [*sources[name], texts, baseline_scores, stage],
+                    [*sources.get(name, [model]), texts, *against],
                     speed.evaluate(self._evaluated_tokens(), variant=True),
                     variant=name,
                 )
@@ -320,6 +331,7 @@ class _Builder:
                 "measure",
                 "measure",
                 recipe.measure.model_dump(mode="json")
+                | self._serve(shared)
                 | _local_file(recipe.measure.workload.prompts, recipe.base_dir, self.store),
                 [model, *exports],
                 speed.measure(recipe.measure.workload, len(exports)),
@@ -364,13 +376,28 @@ class _Builder:
             self.speed.sensitivity(tokens, len(precision.schemes)),
         )
 
-    def _export(self, variant: str, fmt: str, inputs: list[str], head: bool = False) -> str:
+    def _serve(self, variants: Iterable[str]) -> dict[str, Any]:
+        """Serving settings of their own, by variant; nothing where none has any."""
+        own = {name: self.recipe.variants[name].serve for name in variants}
+        found = {name: serve.given for name, serve in own.items() if serve is not None}
+        return {"serve": found} if found else {}
+
+    def _export(
+        self,
+        variant: str,
+        fmt: str,
+        inputs: list[str],
+        head: bool = False,
+        owner: str | None = None,
+    ) -> str:
+        """`owner` is the variant whose artifact this one shares; its own where not given."""
+        owner = owner or variant
         return self.add(
             f"export:{variant}:{fmt}",
             "export",
-            {"variant": variant, "format": fmt},
+            {"variant": owner, "format": fmt},
             inputs,
-            self.speed.export(fmt, quantized=variant != BASELINE, head=head),
+            self.speed.export(fmt, quantized=owner != BASELINE, head=head),
             variant=variant,
         )
 
@@ -636,8 +663,9 @@ class _Speed:
 
     def measure(self, workload: Any, variants: int) -> Estimate:
         step = 0.01 + 2 * self.facts.parameters / 1e10
+        bounds = workload.output_length_range or [workload.output_length]
         per_variant = sum(
-            workload.requests / c * workload.output_length * step * (1 + c / 16)
+            workload.requests / c * sum(bounds) / len(bounds) * step * (1 + c / 16)
             for c in workload.concurrency
         )
         per_variant += sum(workload.requests / rate for rate in workload.rate_per_s)

@@ -134,10 +134,7 @@ def preflight(plan: Plan, targets: Sequence[Target] | None = None) -> Preflight:
             GPU, common ones.
     """
     recipe, names = plan.recipe, {stage.variant for stage in plan.stages}
-    # Our own engine loads models on the CPU (stages.measure).
-    own = Target("transformers", "cpu", bfloat16=_dtype(recipe) in ("auto", "bfloat16"))
     served = list(targets if targets is not None else _targets(recipe))
-    nearest = {own.engine: own} | {t.engine: t for t in reversed(served)}
     measured = recipe.measure.engine if recipe.measure is not None else None
     findings, notes = [], []
     fused = fused_experts(plan.facts.tensors)
@@ -152,6 +149,10 @@ def preflight(plan: Plan, targets: Sequence[Target] | None = None) -> Preflight:
     for name, variant in recipe.variants.items():
         if name not in names:
             continue
+        # Our own engine loads models on the CPU (stages.measure).
+        dtype = (variant.serve and variant.serve.dtype) or _dtype(recipe)
+        own = Target("transformers", "cpu", bfloat16=dtype in ("auto", "bfloat16"))
+        nearest = {own.engine: own} | {t.engine: t for t in reversed(served)}
         shapes = linear_shapes(_kept(plan.facts.tensors, variant.ignore))
         for scheme, g_idx in _schemes(variant):
             if refusal := _indivisible(scheme, shapes):
@@ -179,8 +180,8 @@ def _targets(recipe: Recipe) -> list[Target]:
 
 
 def llama_cpp_targets() -> list[Target]:
-    """llama.cpp on this machine's processor, for which ``scripts/setup_llama_cpp.sh`` builds it, and
-    on its GPU, or without one on a common one."""
+    """llama.cpp on this machine's processor, for which ``scripts/setup_llama_cpp.sh`` builds it,
+    and on its GPU, or without one on a common one."""
     import torch
 
     cpu = replace(this_cpu(), engine="llama.cpp")
@@ -214,7 +215,7 @@ def _dtype(recipe: Recipe) -> str:
 
 def _schemes(variant: Variant) -> list[tuple[Scheme, bool]]:
     """Every scheme that layers of the variant may get, and whether columns get a group index."""
-    options: Any = None if variant.library else variant.quantizer.options
+    options: Any = variant.quantizer.options if variant.quantize and not variant.library else None
     if not isinstance(options, registry.SchemeOptions):
         return []  # a library's or a third party's, whose grid is not known
     g_idx = getattr(options, "desc_act", False) and not getattr(options, "static_groups", True)

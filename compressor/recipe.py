@@ -214,12 +214,46 @@ class LMHead(_Section):
         return {name: options | own | {"symmetric": True, "activations": "dynamic"}}
 
 
+class Serve(_Section):
+    """How one variant is served: each key that is given stands in for the one of `measure:`."""
+
+    batching: Literal["continuous", "static"] | None = Field(
+        None, description="Of transformers, instead of measure.batching."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = Field(
+        None, description="Activations' dtype, instead of measure.dtype."
+    )
+    flags: list[str] | None = Field(
+        None,
+        description="Arguments of the vLLM or llama.cpp server, one word an item, instead of "
+        "measure.flags.",
+    )
+    variables: dict[str, str] | None = Field(
+        None,
+        description="Environment variables of the server, instead of measure.variables; they stand "
+        "in the record, so no secrets.",
+    )
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Serve:
+        if not self.given:
+            raise ValueError("give at least one of batching, dtype, flags and variables")
+        return self
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keys that are set, as plain data."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
 class Variant(_Section):
-    """One way to compress the model."""
+    """One way to compress the model, or to serve it."""
 
     quantize: list[Step] = Field(
-        min_length=1,
-        description="Algorithms in the order in which they are applied, each `name: {options}`.",
+        default_factory=list,
+        description="Algorithms in the order in which they are applied, each `name: {options}`. "
+        "May be left out beside `serve:`: the untouched model, served otherwise.",
+        json_schema_extra={"default": []},
     )
     ignore: list[str] = Field(
         default_factory=list,
@@ -238,15 +272,22 @@ class Variant(_Section):
     lm_head: LMHead | None = Field(
         None, description="Quantize the output layer (lm_head) too; left as it is when absent."
     )
+    serve: Serve | None = Field(
+        None,
+        description="Serving settings of its own; those of `measure:` when absent. Variants that "
+        "differ in nothing else are compressed and evaluated once.",
+    )
 
     @property
     def quantizer(self) -> Step:
-        """The step that turns weights into codes."""
+        """The step that turns weights into codes; StopIteration where nothing is quantized."""
         return next(s for s in self.quantize if registry.get(s.algorithm).kind == "weights")
 
     @field_validator("quantize")
     @classmethod
     def _in_order(cls, steps: list[Step]) -> list[Step]:
+        if not steps:
+            return steps
         kinds = [registry.get(step.algorithm).kind for step in steps]
         if kinds.count("weights") + kinds.count("library") != 1:
             raise ValueError("exactly one step must be a quantizer such as gptq or rtn")
@@ -271,6 +312,20 @@ class Variant(_Section):
         return steps
 
     @model_validator(mode="after")
+    def _does_something(self) -> Variant:
+        if self.quantize:
+            return self
+        if self.serve is None:
+            raise ValueError(
+                "give `quantize:`, the algorithms to apply, or `serve:`, to serve the model as it "
+                "is in another way"
+            )
+        for key in ("ignore", "precision", "kv_cache", "lm_head"):
+            if getattr(self, key):
+                raise ValueError(f"`{key}:` needs `quantize:`")
+        return self
+
+    @model_validator(mode="after")
     def _library_is_alone(self) -> Variant:
         for key in ("precision", "kv_cache", "lm_head"):
             if getattr(self, key) is not None and self.library is not None:
@@ -280,6 +335,8 @@ class Variant(_Section):
     @property
     def library(self) -> type[registry.Library] | None:
         """The algorithm that quantizes into a format of its own, if the variant has one."""
+        if not self.quantize:
+            return None
         found = registry.get(self.quantize[-1].algorithm)
         return found if found.kind == "library" else None
 
@@ -350,6 +407,13 @@ class Workload(_Section):
         False, description="Put each prompt into the model's chat template."
     )
     output_length: int = Field(64, ge=2, description="Tokens generated per request.")
+    output_length_range: list[Annotated[int, Field(ge=2)]] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="Lowest and highest, instead of output_length: each prompt gets a length of "
+        "its own between them, from the seed, the same for every variant.",
+    )
     ignore_eos: bool = Field(
         True,
         description="Go on past the end-of-sequence token, so that all variants do equal work; "
@@ -374,6 +438,13 @@ class Workload(_Section):
     slo: SLO = Field(
         default_factory=lambda: SLO.model_validate({}), description="Service level objective."
     )
+
+    @field_validator("output_length_range")
+    @classmethod
+    def _rising(cls, bounds: list[int] | None) -> list[int] | None:
+        if bounds is not None and bounds[0] > bounds[1]:
+            raise ValueError("the lowest length comes first")
+        return bounds
 
 
 class Prices(_Section):
@@ -431,6 +502,19 @@ class Endpoint(_Section):
     )
 
 
+class WaterfallStep(_Section):
+    """One configuration of a waterfall, and what it adds to the one before."""
+
+    variant: Name = Field(description="A variant of this recipe, or baseline.")
+    technique: str | None = Field(
+        None,
+        min_length=1,
+        description="What it adds to the step before: int8, int4, continuous-batching, "
+        "speculative-decoding, paged-attention, or another word, for which no claim is on record. "
+        "Left out by a first step, which is then the starting point.",
+    )
+
+
 class Measure(_Section):
     """Speed and cost on this device."""
 
@@ -478,7 +562,22 @@ class Measure(_Section):
     workload: Workload = Field(
         default_factory=lambda: Workload.model_validate({}), description="The load."
     )
+    waterfall: list[WaterfallStep] = Field(
+        default_factory=list,
+        description="What each technique gained over the step before, beside what the field claims "
+        "for it. Starts from the baseline, or from a first step without a technique.",
+        json_schema_extra={"default": []},
+    )
     prices: Prices = Field(default_factory=lambda: Prices.model_validate({}), description="Prices.")
+
+
+# Which keys of `serve:` each engine looks at.
+_SERVED_BY = {
+    "transformers": ("batching", "dtype"),
+    "vllm": ("dtype", "flags", "variables"),
+    "llama.cpp": ("flags", "variables"),
+    "endpoint": (),
+}
 
 
 def _formats() -> list[Format]:
@@ -526,11 +625,79 @@ class Recipe(_Section):
                     else "the scales of kv_cache need a `calibration:` section in the recipe",
                     {"loc": ("variants", name)},
                 )
-            self._check_schemes(name, variant)
-            if "gguf" in self.export and not variant.library:
-                self._check_gguf(name, variant)
+            if variant.quantize:
+                self._check_schemes(name, variant)
+                if "gguf" in self.export and not variant.library:
+                    self._check_gguf(name, variant)
+            self._check_serve(name, variant)
         self._check_engine()
+        self._check_waterfall()
         return self
+
+    def _check_serve(self, name: str, variant: Variant) -> None:
+        """A variant's serving settings are those of the engine that measures."""
+        if variant.serve is None:
+            return
+        if self.measure is None:
+            raise PydanticCustomError(
+                "serve",
+                "it says how the variant is measured: add a `measure:` section, or remove it",
+                {"loc": ("variants", name, "serve")},
+            )
+        engine = self.measure.engine
+        known = _SERVED_BY[engine]
+        for key in variant.serve.given:
+            if key not in known:
+                raise PydanticCustomError(
+                    "serve",
+                    "engine {engine} has no such setting; it has {known}",
+                    {
+                        "engine": engine,
+                        "known": " and ".join(known) or "none of its own",
+                        "loc": ("variants", name, "serve", key),
+                    },
+                )
+
+    def _check_waterfall(self) -> None:
+        """The steps are measured variants, each once, and each but the first adds something."""
+        steps = self.measure.waterfall if self.measure is not None else []
+        if self.measure is None or not steps:
+            return
+        measured = list(self.measure.endpoints) or ["baseline", *self.variants]
+        seen = ["baseline"] if steps[0].technique else []
+        for number, step in enumerate(steps):
+            where = ("measure", "waterfall", number)
+            if step.variant not in measured:
+                raise PydanticCustomError(
+                    "waterfall",
+                    "{variant} is not measured by this recipe; choose from {known}",
+                    {
+                        "variant": repr(step.variant),
+                        "known": ", ".join(measured),
+                        "loc": (*where, "variant"),
+                    },
+                )
+            if step.variant in seen:
+                raise PydanticCustomError(
+                    "waterfall",
+                    "{variant} is a step already"
+                    if number
+                    else "the baseline is the starting point: remove this step, or its technique",
+                    {"variant": step.variant, "loc": (*where, "variant")},
+                )
+            if number and not step.technique:
+                raise PydanticCustomError(
+                    "waterfall",
+                    "say what it adds to the step before, such as `technique: int8`",
+                    {"loc": where},
+                )
+            seen.append(step.variant)
+        if len(seen) < 2:
+            raise PydanticCustomError(
+                "waterfall",
+                "there is nothing beside the starting point: add a step with a technique",
+                {"loc": ("measure", "waterfall")},
+            )
 
     def _check_engine(self) -> None:
         """The engine finds what it serves."""

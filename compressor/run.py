@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class _Outcome:
     done: dict[str, StoredStage]
     cached: set[str]
     failed: dict[str, str]
+    broken: dict[str, str] = field(default_factory=dict)  # error by key of a stage that failed
 
 
 def execute(plan: Plan, progress: Progress) -> RunResult:
@@ -63,19 +64,26 @@ def execute(plan: Plan, progress: Progress) -> RunResult:
     for stage in plan.stages:
         if stage.variant in outcome.failed:
             continue
+        if stage.key in outcome.broken:  # another variant's equal stage: it would fail again
+            outcome.failed[str(stage.variant)] = outcome.broken[stage.key]
+            _log(log, "failed", stage, error=outcome.broken[stage.key])
+            continue
         try:
             _run_stage(plan, stage, outcome, progress, log)
         except CompressorError as error:
             if stage.variant in (None, BASELINE):
                 _log(log, "failed", stage, error=str(error))
                 raise
-            outcome.failed[str(stage.variant)] = str(error)
+            outcome.failed[str(stage.variant)] = outcome.broken[stage.key] = str(error)
             _log(log, "failed", stage, error=str(error))
     return _finish(plan, outcome, run_dir)
 
 
 def _run_stage(plan: Plan, stage: Stage, outcome: _Outcome, progress: Progress, log: Path) -> None:
     inputs = {name: outcome.done[name] for name in stage.inputs if name in outcome.done}
+    if stage.variant is not None and len(inputs) < len(stage.inputs):
+        missing = ", ".join(name for name in stage.inputs if name not in inputs)
+        raise RunError(f"{missing} failed, which {stage.name} rests on", where=stage.name)
     key = stage.key_given({name: stored.key for name, stored in inputs.items()})
     stored = plan.store.get(key)
     if stored is None:

@@ -424,13 +424,14 @@ def measure(context: Context) -> dict[str, Any]:
 
     settings = MeasureSettings.from_config(context.config)
     artifacts: dict[str, StoredStage] = {}
-    for stored in context.inputs.values():
+    for stage, stored in context.inputs.items():
         if stored.manifest["kind"] != "export":
             continue
         if not serves(settings.engine, stored.result["format"]):
             continue
         stored.verify()
-        artifacts.setdefault(stored.manifest["variant"], stored)
+        # The manifest names the variant that it was made for; others may share it.
+        artifacts.setdefault(stage.split(":")[1], stored)
     tokenizer = AutoTokenizer.from_pretrained(context.model_dir)
     prompts = load_texts(
         settings.prompts,
@@ -456,14 +457,14 @@ def measure(context: Context) -> dict[str, Any]:
         for name, one in settings.endpoints.items():
             variants[name] = fleet.endpoint(one, tokenizer)
     for name, stored in artifacts.items():
-        directory, log = stored.path / "artifact", logs / name
+        directory, log, own = stored.path / "artifact", logs / name, settings.of(name)
         if settings.engine == "transformers":
-            variants[name] = fleet.in_process(_loader(directory, stored.result["format"]), settings)
+            variants[name] = fleet.in_process(_loader(directory, stored.result["format"]), own)
         elif settings.engine == "vllm":
-            variants[name] = fleet.vllm(directory, log, settings)
+            variants[name] = fleet.vllm(directory, log, own)
         elif settings.engine == "llama.cpp":
             (file,) = directory.glob("*.gguf")
-            variants[name] = fleet.llama_cpp(file, log, settings, workload.longest)
+            variants[name] = fleet.llama_cpp(file, log, own, workload.longest)
     sizes = {name: stored.result["size_bytes"] for name, stored in artifacts.items()}
     return runner.measure(
         variants,

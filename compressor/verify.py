@@ -322,8 +322,14 @@ def _check_recipe(run: _Run, check: Check) -> None:
     check.expect(record.LOCK, "", lock, run.json(record.RUN)["recipe"])
     measured = run.stage("measure")
     if measured is not None:
-        given = {key: value for key, value in measured["config"].items() if key != "file_sha256"}
+        given = dict(measured["config"])
+        given.pop("file_sha256", None)
+        served = given.pop("serve", {})
         check.expect(record.LOCK, "measure", lock.get("measure"), given)
+        for name in run.json(record.RUN)["variants"]:
+            own = (lock.get("variants") or {}).get(name, {}).get("serve") or {}
+            own = {key: value for key, value in own.items() if value is not None}
+            check.expect(record.LOCK, f"variants.{name}.serve", own, served.get(name, {}))
     for stage in run.of_kind("texts"):
         listed = [
             {key: value for key, value in text.items() if key != "file_sha256"}
@@ -359,7 +365,7 @@ def _check_artifacts(run: _Run, check: Check) -> None:
         )
         made = run.json(f"{directory}/compression.json")
         expected = {
-            "variant": stage["variant"],
+            "variant": stage["config"]["variant"],  # another one's, where they share it
             "format": stage["result"]["format"],
             "stages": sorted(stage["inputs"].values()),
         }
@@ -436,10 +442,14 @@ def _check_prompts(run: _Run, check: Check) -> None:
 def _check_samples(run: _Run, check: Check) -> None:
     """No request is missing, doubled or impossible."""
     from compressor.measure.samples import read_samples, request_ids
+    from compressor.measure.settings import MeasureSettings
 
-    if run.ledger is None:
+    measured = run.stage("measure")
+    if run.ledger is None or measured is None:
         check.note = "nothing was measured"
         return
+    settings = MeasureSettings.from_config(measured["config"])
+    lengths = settings.output_lengths(len(run.prompts))
     for variant, facts in run.ledger["samples"].items():
         name = facts["path"]
         check.expect(name, "sha256", run.sha256(name), facts["sha256"])
@@ -452,6 +462,8 @@ def _check_samples(run: _Run, check: Check) -> None:
                 check.fail(name, sample.request_id, problem="is there twice")
             seen.add(sample.request_id)
             for problem in _impossible(sample, variant, run.prompts):
+                check.fail(name, sample.request_id, problem=problem)
+            for problem in _other_length(sample, lengths, settings):
                 check.fail(name, sample.request_id, problem=problem)
         scheduled = request_ids(run.ledger["workload"], variant)
         for missing in [one for one in scheduled if one not in seen]:
@@ -484,9 +496,21 @@ def _impossible(sample: Any, variant: str, prompts: Sequence[Sequence[int]]) -> 
         yield f"{sample.prompt_tokens} prompt tokens, its prompt has {len(prompts[sample.prompt])}"
 
 
+def _other_length(sample: Any, lengths: Sequence[int], settings: Any) -> Iterator[str]:
+    """What in a sample contradicts the answer's length that follows from the recipe."""
+    if not 0 <= sample.prompt < len(lengths):
+        return
+    length = lengths[sample.prompt]
+    if sample.asked_tokens != length:
+        yield f"{sample.asked_tokens} tokens were asked for, its prompt's length is {length}"
+    whole = settings.ignore_eos and settings.engine != "endpoint" and not sample.error
+    if sample.output_tokens > length or (whole and sample.output_tokens < length):
+        yield f"{sample.output_tokens} tokens, its prompt's length is {length}"
+
+
 def _check_load(run: _Run, check: Check) -> None:
-    """The ledger's load and sizes are those of the recipe and the artifacts."""
-    from compressor.measure.settings import serves
+    """The ledger's load, serving settings and sizes are those of the recipe and the artifacts."""
+    from compressor.measure.settings import MeasureSettings, serves
 
     measured = run.stage("measure")
     if run.ledger is None or measured is None:
@@ -500,6 +524,18 @@ def _check_load(run: _Run, check: Check) -> None:
     }
     check.expect(record.LEDGER, "workload", {key: load[key] for key in expected}, expected)
     check.expect(record.LEDGER, "workload.goal", load["goal"], asked["slo"])
+    settings = MeasureSettings.from_config(measured["config"])
+    serving = {name: settings.serving(name) for name in run.ledger["samples"]}
+    check.expect(record.LEDGER, "serving", run.ledger.get("serving"), serving)
+    for name, own in serving.items():
+        key, ran = f'engines["{name}"]', run.ledger["engines"][name]
+        if own["batching"] is not None:
+            check.expect(record.LEDGER, f"{key}.batching", ran.get("batching"), own["batching"])
+        if own["flags"]:  # others of the engine's own may follow
+            flags = ran.get("flags", [])[: len(own["flags"])]
+            check.expect(record.LEDGER, f"{key}.flags", flags, own["flags"])
+    steps = measured["config"].get("waterfall") or []
+    check.expect(record.LEDGER, "waterfall", run.ledger.get("waterfall"), steps)
     sizes: dict[str, int] = {}
     for stage in run.of_kind("export"):
         if serves(run.ledger["workload"]["engine"], stage["result"]["format"]):

@@ -29,6 +29,8 @@ variants:
 """
 
 
+WATERFALL = "measure:\n  waterfall:\n"
+
 # Fragments that reach the corners of YAML: tags, anchors, merges, dates, bases, documents.
 PIECES = (
     "output: ", "x: ", "? ", ": ", "- ", "variants: ", "model: ", "baseline", "~", "null",
@@ -80,6 +82,17 @@ def test_the_output_layer_has_a_scheme_of_its_own(
     assert again.lock() == recipe.lock()  # type: ignore[attr-defined]
     plain = load(tmp_path, text).variants["int4"]  # type: ignore[attr-defined]
     assert plain.lm_head is None
+
+
+def test_a_variant_may_be_served_otherwise_and_not_quantized(tmp_path: Path) -> None:
+    text = GOOD + "  v: {serve: {flags: [-a, b]}}\n  w: {quantize: [], serve: {dtype: float32}}\n"
+    recipe = load(tmp_path, text + "measure: {engine: vllm}\n")
+    variants = recipe.variants  # type: ignore[attr-defined]
+    assert variants["v"].serve.given == {"flags": ["-a", "b"]}
+    assert not variants["v"].quantize and not variants["w"].quantize
+    assert variants["v"].library is None and variants["int4"].serve is None
+    again = load(tmp_path, yaml.safe_dump(recipe.lock()))  # type: ignore[attr-defined]
+    assert again.lock() == recipe.lock()  # type: ignore[attr-defined]
 
 
 def test_an_algorithm_may_be_named_alone(tmp_path: Path) -> None:
@@ -171,6 +184,45 @@ def test_an_algorithm_may_be_named_alone(tmp_path: Path) -> None:
         (GOOD + "    lm_head: {symmetric: false}\n", 8, "unknown key 'symmetric'"),
         (GOOD + "    lm_head: {}\n    ignore: [lm_.*]\n", 5, "what `ignore` leaves as it is"),
         (GOOD + "measure: {workload: {concurrency: [0]}}\n", 8, "greater than or equal to 1"),
+        (GOOD + "  v: {}\n", 8, "give `quantize:`"),
+        (GOOD + "  v: {serve: {}}\nmeasure: {}\n", 8, "give at least one of batching"),
+        (GOOD + "  v: {serve: {batching: none}}\nmeasure: {}\n", 8, "'continuous' or 'static'"),
+        (GOOD + "  v: {serve: {batching: static}}\n", 8, "add a `measure:` section"),
+        (
+            GOOD + "  v: {serve: {batching: static}, kv_cache: fp8}\nmeasure: {}\n",
+            8,
+            "`kv_cache:` needs `quantize:`",
+        ),
+        (
+            GOOD + "  v:\n    serve:\n      dtype: auto\n      flags: [x]\nmeasure: {}\n",
+            11,
+            "engine transformers has no such setting; it has batching and dtype",
+        ),
+        (GOOD + "    serve: {batching: static}\nmeasure: {engine: vllm}\n", 8, "it has dtype and"),
+        (GOOD + WATERFALL + "    - {variant: int3, technique: x}\n", 10, "'int3' is not measured"),
+        (GOOD + WATERFALL + "    - {variant: int4}\n", 9, "nothing beside the starting point"),
+        (
+            GOOD + WATERFALL + "    - {variant: baseline}\n    - {variant: int4}\n",
+            11,
+            "say what it adds",
+        ),
+        (
+            GOOD + WATERFALL + "    - {variant: baseline, technique: x}\n",
+            10,
+            "is the starting point",
+        ),
+        (
+            GOOD + WATERFALL + 2 * "    - {variant: int4, technique: int4}\n",
+            11,
+            "int4 is a step already",
+        ),
+        (GOOD + WATERFALL + "    - {variant: int4, technic: int4}\n", 10, "mean 'technique'"),
+        (
+            GOOD + "measure: {workload: {output_length_range: [9, 8]}}\n",
+            8,
+            "the lowest length comes first",
+        ),
+        (GOOD + "measure: {workload: {output_length_range: [8]}}\n", 8, "at least 2 items"),
     ],
 )
 def test_a_fault_is_named_with_its_line(tmp_path: Path, text: str, line: int, words: str) -> None:

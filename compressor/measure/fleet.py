@@ -92,7 +92,8 @@ class Fleet:
             self.stop_all()
         candidates = self._variants[name]
         if name != self.baseline and (kind := self.probes[self.baseline].cache):
-            candidates = {k: v for k, v in candidates.items() if k.endswith(f"/{kind}")}
+            same = {k: v for k, v in candidates.items() if k.endswith(f"/{kind}")}
+            candidates = same or candidates  # none where it is batched otherwise
         rates: dict[str, float] = {}
         failed: dict[str, str] = {}
         last: Exception | None = None
@@ -123,7 +124,7 @@ class Fleet:
 
     def _rate(self, engine: ServedEngine) -> float:
         self._warm_up(engine)
-        length = min(_PROBE_TOKENS, self._settings.output_length)
+        length = min(_PROBE_TOKENS, self._settings.longest_output)
         rates = []
         for _ in range(3):
             samples = self._closed(engine, self._first, self._first, length).samples
@@ -297,7 +298,7 @@ def llama_cpp(file: Path, log: Path, settings: MeasureSettings, longest_prompt: 
         return LlamaCppServer(
             file,
             log.with_name(f"{log.name}.log"),
-            context_length=longest_prompt + settings.output_length,
+            context_length=longest_prompt + settings.longest_output,
             parallel=max(settings.concurrency, default=16),
             binary=settings.program,
             flags=settings.flags,

@@ -264,6 +264,7 @@ class _Load:
             sample,
             request_id=str(number),
             prompt=self._row(number),
+            asked_tokens=self._lengths[self._row(number)],
             concurrency=self._concurrency,
             scheduled_s=None if moment is None else round(moment, CLOCK_DIGITS),
         )

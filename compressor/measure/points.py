@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressor.measure import energy, ledger, metrics, scenarios, steady
+from compressor.measure import energy, ledger, metrics, scenarios, steady, techniques
 from compressor.measure.engines.base import RequestSample
 from compressor.measure.prices import PriceScenario, price_table, with_watts
 from compressor.measure.samples import read_samples
@@ -178,15 +178,15 @@ def _order(key: Key) -> tuple[bool, float]:
 def figures(
     record: Mapping[str, Any], samples: Mapping[str, Sequence[RequestSample]]
 ) -> dict[str, Any]:
-    """``performance`` and ``economics`` of a measurement.
+    """``performance`` and ``economics`` of a measurement, ``techniques`` of a declared waterfall.
 
     Args:
-        record: content of ``ledger.json``, without these two.
+        record: content of ``ledger.json``, without these.
         samples: by variant.
 
     Returns:
         ``performance``: rows by variant, one per point of the sweep, closed loops first;
-        ``economics``: see `economics`.
+        ``economics``: see `economics`; ``techniques``: see `techniques.gains`.
     """
     prices = PriceScenario.from_dict(record["prices"])
     seed, goal = record["workload"]["seed"], metrics.Goal(**record["workload"]["goal"])
@@ -220,7 +220,19 @@ def figures(
             performance[name].append(row)
             if name == first and row["cost_usd_per_mtok_output"]:
                 costs[key] = row["cost_usd_per_mtok_output"]["value"]
-    return {"performance": performance, "economics": economics(record, performance)}
+    found: dict[str, Any] = {
+        "performance": performance,
+        "economics": economics(record, performance),
+    }
+    if declared := record.get("waterfall"):
+        ordered = {
+            name: dict(sorted(rows.items(), key=lambda item: _order(item[0])))
+            for name, rows in groups.items()
+        }
+        found["techniques"] = techniques.gains(
+            declared, ordered, baseline=first, seed=seed, goal=goal
+        )
+    return found
 
 
 def economics(

@@ -451,7 +451,9 @@ def compare(run_dir: Path, device: Device, dims: Dimensions | None = None) -> Co
     dims = replace(dims, name=report["model"]["source"])
     lengths = {
         "input_length": load["input_length"] or round(load["input_tokens"]["mean"]),
-        "output_length": load["output_length"],
+        "output_length": round(statistics.mean(load["output_length_range"]))
+        if load.get("output_length_range")
+        else load["output_length"],
     }
     found = []
     for variant in variants:

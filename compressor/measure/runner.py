@@ -57,7 +57,7 @@ def _load(
     """One variant at one point in one round; every variant gets the same prompts."""
     count = settings.per_round(point)
     common: dict[str, Any] = {
-        "output_lengths": settings.output_length,
+        "output_lengths": settings.output_lengths(len(workload.tokens)),
         "requests": count,
         "ignore_eos": settings.ignore_eos,
         "first": turn * count,
@@ -139,9 +139,11 @@ def measure(
         artifact_bytes: size on disk by variant, for the storage line [bytes].
 
     Returns the JSON-ready content of ``ledger.json``: ``baseline``, ``performance`` {variant: [row
-    per point]}, ``workload``, ``prompts`` (path, sha256, prompt_sha256 of each), ``prices``,
-    ``price_basis``, ``list_prices`` {variant: of an address that is paid by the token},
-    ``economics`` {variant: scenarios, sensitivity, ... at one point}, ``engines`` {variant: facts},
+    per point]}, ``techniques`` (where a waterfall is declared: `techniques.gains`), ``workload``,
+    ``serving`` {variant: settings}, ``waterfall`` (its steps as declared), ``prompts`` (path,
+    sha256, prompt_sha256 of each), ``prices``, ``price_basis``,
+    ``list_prices`` {variant: of an address that is paid by the token}, ``economics`` {variant:
+    scenarios, sensitivity, ... at one point}, ``engines`` {variant: facts},
     ``samples`` {variant: path, sha256, requests}, ``loads`` (what each load took: generator's
     share of a CPU, lateness, energy), ``probes`` {variant: what was tried}, ``errors`` {variant:
     message of those that failed}, ``artifact_bytes``, ``seconds``, ``notes``.
@@ -204,6 +206,8 @@ def measure(
             "engine": settings.engine,
             "batching": settings.batching if settings.engine == "transformers" else None,
             "output_length": settings.output_length,
+            "output_length_range": settings.output_length_range
+            and list(settings.output_length_range),
             "ignore_eos": settings.ignore_eos,
             "concurrency": list(settings.concurrency),
             "rate_per_s": list(settings.rate_per_s),
@@ -215,6 +219,8 @@ def measure(
             "interleaved": "every point of every round" if fleet.keep else "every round",
             "confidence": metrics.CONFIDENCE,
         },
+        "serving": {name: settings.serving(name) for name in samples},
+        "waterfall": [dict(step) for step in settings.waterfall],
         "prompts": write_prompts(Path(out_dir) / PROMPTS, workload.tokens),
         "prices": prices.to_dict(),
         "price_basis": price_basis(prices, gpu_name=gpu_name, cpu_count=available_cpus())
@@ -278,11 +284,15 @@ def _notes(settings: MeasureSettings, fleet: Fleet) -> list[str]:
         if settings.input_length is not None
         else "the prompt as it is"
     )
+    bounds = settings.output_length_range
+    count = f"{bounds[0]} to {bounds[1]}" if bounds else str(settings.output_length)
     answer = (
-        f"{settings.output_length} greedy output tokens, end-of-sequence ignored"
+        f"{count} greedy output tokens, end-of-sequence ignored"
         if settings.ignore_eos
-        else f"at most {settings.output_length} greedy output tokens"
+        else f"at most {count} greedy output tokens"
     )
+    if bounds:
+        answer += ", each prompt's number from the seed and the same for every variant"
     loop = (
         "as many requests as the concurrency are in flight all the time"
         if settings.concurrency

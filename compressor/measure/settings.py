@@ -13,6 +13,7 @@ import torch
 from compressor.errors import RecipeError
 from compressor.measure import metrics
 from compressor.measure.load import Arrival
+from compressor.measure.workload import output_lengths
 
 DTYPES = {
     "float32": torch.float32,
@@ -39,6 +40,7 @@ class MeasureSettings:
         input_length: tokens of every prompt; None leaves prompts as long as they are.
         chat_template: wrap every prompt in the model's chat template.
         output_length: tokens of every answer, or the most with `ignore_eos` false.
+        output_length_range: lowest and highest, where each prompt has a length of its own.
         ignore_eos: go on past the end-of-sequence token, so that all variants do equal work.
         concurrency: points of the closed loop: requests in flight.
         rate_per_s: points of the open loop: requests that arrive per second, after `arrival`.
@@ -48,6 +50,8 @@ class MeasureSettings:
         prices: overrides of the price table, see `prices.resolve_prices`.
         keep_loaded: None keeps all engines in memory when they fit, else starts one at a time.
         ttft_ms, tpot_ms: service level objective [ms]; only requests inside it count as goodput.
+        serve: by variant, what stands in for batching, dtype, flags and variables; see `of`.
+        waterfall: ``{"variant", "technique"}`` of each step; see `techniques.gains`.
     """
 
     engine: str = "transformers"
@@ -61,6 +65,7 @@ class MeasureSettings:
     input_length: int | None = 128
     chat_template: bool = False
     output_length: int = 64
+    output_length_range: tuple[int, int] | None = None
     ignore_eos: bool = True
     concurrency: tuple[int, ...] = (1, 4)
     rate_per_s: tuple[float, ...] = ()
@@ -73,6 +78,8 @@ class MeasureSettings:
     keep_loaded: bool | None = None
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    serve: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    waterfall: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         """Sort the sweep; raise RecipeError for a load that cannot be run."""
@@ -99,7 +106,7 @@ class MeasureSettings:
                 where="measure.workload.rate_per_s",
                 fix="for example rate_per_s: [0.5, 1, 2]",
             )
-        if self.output_length < 2:
+        if min([self.output_length, *(self.output_length_range or ())]) < 2:
             raise RecipeError(
                 "output_length must be at least 2, else there is no time per output token",
                 where="measure.workload.output_length",
@@ -131,10 +138,38 @@ class MeasureSettings:
         values = {key: value for key, value in load.items() if key in names and value is not None}
         if load.get("input_length", 0) is None:
             values["input_length"] = None
-        for key in ("concurrency", "rate_per_s", "flags"):
+        for key in ("concurrency", "rate_per_s", "flags", "output_length_range", "waterfall"):
             if key in values:
                 values[key] = tuple(values[key])
         return cls(**values, prices=dict(config.get("prices") or {}))
+
+    def of(self, variant: str) -> MeasureSettings:
+        """The settings with those of its own that a variant is served by."""
+        own = dict(self.serve.get(variant, {}))
+        if "flags" in own:
+            own["flags"] = tuple(own["flags"])
+        return dataclasses.replace(self, **own)
+
+    def serving(self, variant: str) -> dict[str, Any]:
+        """How a variant is served, as the record has it; ``batching`` of transformers alone."""
+        own = self.of(variant)
+        return {
+            "batching": own.batching if own.engine == "transformers" else None,
+            "dtype": own.dtype,
+            "flags": list(own.flags),
+            "variables": dict(own.variables),
+        }
+
+    def output_lengths(self, prompts: int) -> list[int]:
+        """Tokens to ask for with each of so many prompts, in their order."""
+        if self.output_length_range is None:
+            return [self.output_length] * prompts
+        return output_lengths(self.output_length_range, prompts, self.seed)
+
+    @property
+    def longest_output(self) -> int:
+        """The most tokens of an answer."""
+        return max(self.output_length_range or (self.output_length,))
 
     @property
     def points(self) -> list[Point]:

@@ -13,6 +13,8 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from compressor.errors import RecipeError
+from compressor.measure import metrics
+from compressor.measure.engines.base import RequestSample
 from compressor.measure.metrics import Interval
 
 Position = Literal["below", "inside", "above"]
@@ -155,7 +157,10 @@ def _sentence(step: Step, gain: Interval, claim: Claim | None, position: Positio
 
 
 def waterfall(
-    steps: Sequence[Step], *, paired: Mapping[str, Interval] | None = None
+    steps: Sequence[Step],
+    *,
+    paired: Mapping[str, Interval] | None = None,
+    paired_totals: Mapping[str, Interval] | None = None,
 ) -> tuple[Gain, ...]:
     """Step and total gains of measured configurations, in order; the first is the baseline.
 
@@ -163,6 +168,7 @@ def waterfall(
         steps: each adds its technique to the one before.
         paired: gains against the step before by name, where they were measured paired by round
             (`metrics.speedup_interval`); they replace the ratio of independent intervals.
+        paired_totals: the same against the first step.
 
     Raises RecipeError without steps, for a name that is there twice, or a throughput of 0.
     """
@@ -192,7 +198,7 @@ def waterfall(
             step.technique,
             rate,
             gain,
-            ratio(rate, first.throughput_tok_s),
+            (paired_totals or {}).get(step.name) or ratio(rate, first.throughput_tok_s),
             claim,
             None,
             None,
@@ -204,3 +210,64 @@ def waterfall(
             row = replace(row, position=position, certain=certain, sentence=text)
         rows.append(row)
     return tuple(rows)
+
+
+def gains(
+    declared: Sequence[Mapping[str, Any]],
+    groups: Mapping[str, Mapping[tuple[int, float | None], Sequence[RequestSample]]],
+    *,
+    baseline: str,
+    seed: int,
+    goal: metrics.Goal,
+) -> list[dict[str, Any]]:
+    """The declared waterfall at every point of the sweep, from raw samples.
+
+    Throughputs are those that costs rest on: output tokens of requests inside the goal, per second
+    of the whole window. Gains are paired by round.
+
+    Args:
+        declared: ``{"variant", "technique"}`` of each step; the baseline is the starting point
+            where the first one has a technique.
+        groups: by variant and by (concurrency, arrivals per second) of the point, in order; every
+            variant has the points of the baseline.
+        seed: of the intervals' bootstrap.
+        goal: service level objective.
+
+    Returns, JSON-ready, by point: ``concurrency``, ``rate_per_s``, ``steps`` (`Gain.to_dict`) and
+    ``left_out``, the variants from the first on that has no samples, or no request inside the goal:
+    what comes after it would not be a gain over the step before.
+    """
+    steps = [(str(step["variant"]), step["technique"] or "") for step in declared]
+    if steps[0][1]:
+        steps.insert(0, (baseline, ""))
+    return [_gains_at(point, steps, groups, seed=seed, goal=goal) for point in groups[baseline]]
+
+
+def _gains_at(
+    point: tuple[int, float | None],
+    steps: Sequence[tuple[str, str]],
+    groups: Mapping[str, Mapping[tuple[int, float | None], Sequence[RequestSample]]],
+    *,
+    seed: int,
+    goal: metrics.Goal,
+) -> dict[str, Any]:
+    """One entry of `gains`."""
+    rows: list[tuple[Step, Sequence[RequestSample]]] = []
+    paired, totals = {}, {}
+    for name, technique in steps:
+        samples = groups.get(name, {}).get(point, ())
+        rate = metrics.throughput_interval(samples, seed=seed, goal=goal)
+        if rate.value <= 0:
+            break
+        if rows:
+            paired[name] = metrics.speedup_interval(rows[-1][1], samples, seed=seed, goal=goal)
+            totals[name] = metrics.speedup_interval(rows[0][1], samples, seed=seed, goal=goal)
+        rows.append((Step(name, rate, technique), samples))
+    found = [step for step, _ in rows]
+    chain = waterfall(found, paired=paired, paired_totals=totals) if found else ()
+    return {
+        "concurrency": point[0],
+        "rate_per_s": point[1],
+        "steps": [gain.to_dict() for gain in chain],
+        "left_out": [name for name, _ in steps[len(found) :]],
+    }

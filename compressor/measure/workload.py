@@ -152,6 +152,13 @@ def build_workload(
     return Workload(tuple(rows), source, seed, chat_template)
 
 
+def output_lengths(bounds: Sequence[int], count: int, seed: int) -> list[int]:
+    """`count` answer lengths [tokens], each as likely as any other from the first of `bounds` to
+    the second, both included."""
+    low, high = bounds
+    return np.random.default_rng(seed).integers(low, high + 1, size=count).tolist()
+
+
 def tokenizer_encode(tokenizer: Any, chat_template: bool = False) -> Callable[[str], list[int]]:
     """``text -> token ids`` for a Hugging Face tokenizer: without special tokens, or as the user's
     message in its chat template.

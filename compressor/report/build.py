@@ -83,6 +83,7 @@ def build_report(
     all_notes = list(notes)
     if measured:
         for row in rows:
+            row["serving"] = copy.deepcopy(measured.get("serving", {}).get(row["name"]))
             row["performance"] = copy.deepcopy(measured["performance"].get(row["name"], []))
         all_notes += measured["notes"]
         all_notes += [
@@ -114,6 +115,7 @@ def build_report(
         "prices": dict(measured["prices"]) if measured else None,
         "workload": _workload(measured) if measured else None,
         "economics": copy.deepcopy(measured["economics"]) if measured else {},
+        "techniques": copy.deepcopy(measured.get("techniques", [])) if measured else [],
         "stages": [dict(stage) for stage in stages],
         "notes": all_notes,
         "record": dict(record or {}),
@@ -141,7 +143,12 @@ def _fill_break_even(report: dict[str, Any]) -> None:
             for stage in report["stages"]
             if stage["variant"] == variant["name"] and stage["kind"] in ("quantize", "export")
         ]
-        if not own or None in own or not row["cost_usd_per_mtok_output"]:
+        if (
+            variant["quantization"] is None
+            or not own
+            or None in own
+            or not row["cost_usd_per_mtok_output"]
+        ):
             continue
         variant["break_even"] = scenarios.break_even(
             run_seconds=sum(own),

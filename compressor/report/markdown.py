@@ -38,9 +38,13 @@ def table_markdown(table: Table) -> str:
 
 
 def render_markdown(
-    report: Mapping[str, Any], caption: str | None, allocation: str | None = None
+    report: Mapping[str, Any],
+    caption: str | None,
+    allocation: str | None = None,
+    waterfall: str | None = None,
 ) -> str:
-    """The whole page; `caption` and `allocation` are the plots', None when there is no plot."""
+    """The whole page; `caption`, `allocation` and `waterfall` are the plots', None when there is no
+    plot."""
     verdict = report["verdict"]
     title = escape(report["title"].replace("\n", " "))
     parts = [f"# {title}", f"**{escape(verdict['sentence'])}**"]
@@ -53,6 +57,8 @@ def render_markdown(
         parts += ["![Quality against cost](quality_cost.svg)", f"*{escape(caption)}*"]
     if allocation:
         parts += ["![Bits by layer](allocation.svg)", f"*{escape(allocation)}*"]
+    if waterfall:
+        parts += ["![What each technique gained](waterfall.svg)", f"*{escape(waterfall)}*"]
     for table in tables.body(report):
         parts += [f"## {escape(table.title)}", table_markdown(table)]
     assumptions = (report["prices"] or {}).get("assumptions") or []

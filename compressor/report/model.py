@@ -211,6 +211,60 @@ class Performance(Strict):
     energy: Energy | None = None
 
 
+class Serving(Strict):
+    """How a variant was served: of transformers `batching`, of servers `flags` and `variables`."""
+
+    batching: str | None = None
+    dtype: str | None = None
+    flags: list[str] = []
+    variables: dict[str, str] = {}
+
+
+class Claim(Strict):
+    """Throughput with a technique / without it, as it is commonly claimed: from `low` to `high`.
+
+    `over`: what it is claimed against; `source`: the work; `reported`: what that itself reports.
+    """
+
+    technique: str
+    over: str
+    low: float
+    high: float
+    source: str
+    reported: str
+
+
+class TechniqueGain(Strict):
+    """One step of the waterfall: a variant, and the technique that it adds to the step before.
+
+    `step_gain` is against the step before, `total_gain` against the first one, both paired by
+    round; `position` is where the step's gain lies beside the claim, `certain` whether its whole
+    interval lies there, both null without a claim. Throughputs are goodput.
+    """
+
+    name: str
+    technique: str
+    throughput_tok_s: Interval
+    step_gain: Interval
+    total_gain: Interval
+    claim: Claim | None
+    position: Literal["below", "inside", "above"] | None
+    certain: bool | None
+    sentence: str
+
+
+class Techniques(Strict):
+    """The waterfall at one point of the load.
+
+    `left_out` are the variants from the first on that has no figures there.
+    """
+
+    concurrency: int
+    rate_per_s: float | None = None
+    steps: list[TechniqueGain]
+    left_out: list[str] = []
+
+
 class ArtifactFile(Strict):
     """One file of an exported directory."""
 
@@ -258,6 +312,7 @@ class Variant(Strict):
     precision: Precision | None = None
     quantization: Quantization | None = None
     quality: list[Quality] = []
+    serving: Serving | None = None
     performance: list[Performance] = []
     break_even: BreakEven | None = None
     artifacts: list[Artifact] = []
@@ -312,6 +367,7 @@ class ReportModel(Strict):
     prices: dict[str, Any] | None
     workload: dict[str, Any] | None
     economics: dict[str, Any] = {}
+    techniques: list[Techniques] = []
     stages: list[Stage]
     notes: list[str]
     record: dict[str, str] = {}

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from compressor.report import economics, figures
+from compressor.report import economics, figures, techniques
 from compressor.report.coverage import block_share, named
 from compressor.report.table import Table
 from compressor.report.verdict import row_at, worst_quality
@@ -24,6 +24,21 @@ def method(variant: Mapping[str, Any]) -> str:
         words += f", group {group}"
     mixed = variant.get("precision")
     return f"{words}, {figures.number(mixed['mean_bits'])} bits on average" if mixed else words
+
+
+def served(report: Mapping[str, Any], variant: Mapping[str, Any]) -> str:
+    """How a variant was served, where that is not how the baseline was; else empty."""
+    baseline, own = (_baseline(report) or {}).get("serving"), variant["serving"]
+    if own is None or baseline is None:
+        return ""
+    words = {
+        "batching": f"{own['batching']} batching",
+        "dtype": f"asked for {own['dtype']}",
+        "flags": " ".join(own["flags"]) or "no flags",
+        "variables": ", ".join(f"{key}={value}" for key, value in own["variables"].items())
+        or "no variables",
+    }
+    return "; ".join(words[key] for key in words if own[key] != baseline[key])
 
 
 def _stacked(first: str, second: str) -> str:
@@ -59,7 +74,7 @@ def summary(report: Mapping[str, Any]) -> Table:
         rows.append(
             (
                 variant["name"],
-                method(variant),
+                _stacked(method(variant), served(report, variant)),
                 _stacked(figures.size(size), share),
                 "reference"
                 if is_baseline and quality
@@ -595,6 +610,7 @@ def body(report: Mapping[str, Any]) -> list[Table]:
     tables = [
         quality(report),
         performance(report),
+        techniques.table(report),
         costs(report),
         latency(report),
         *economics.tables(report),

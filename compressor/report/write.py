@@ -13,11 +13,12 @@ from compressor.report.heatmap import allocation_plot
 from compressor.report.html import render_html
 from compressor.report.markdown import render_markdown
 from compressor.report.plots import quality_cost_plot
+from compressor.report.waterfall import waterfall_plot
 
 
 def write_report(report: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Write ``index.html report.md report.json`` and ``quality_cost`` and ``allocation`` as .svg
-    and .png.
+    """Write ``index.html report.md report.json`` and ``quality_cost``, ``allocation`` and
+    ``waterfall`` as .svg and .png.
 
     A plot's files are left out (and old ones removed) when there is nothing to plot. Equal
     reports give byte-identical files. Returns the paths; RunError when the report is malformed or
@@ -25,7 +26,11 @@ def write_report(report: Mapping[str, Any], directory: Path) -> list[Path]:
     """
     report = validate_report(report)
     directory = Path(directory)
-    plots = {"quality_cost": quality_cost_plot(report), "allocation": allocation_plot(report)}
+    plots = {
+        "quality_cost": quality_cost_plot(report),
+        "allocation": allocation_plot(report),
+        "waterfall": waterfall_plot(report),
+    }
     captions = [plot.caption if plot else None for plot in plots.values()]
     contents: dict[str, bytes | None] = {
         "index.html": render_html(report, *plots.values()).encode(),

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor.errors import RecipeError
+from compressor.measure import metrics
+from compressor.measure.engines.base import RequestSample
 from compressor.measure.metrics import Interval
-from compressor.measure.techniques import CLAIMS, Step, place, ratio, waterfall
+from compressor.measure.techniques import CLAIMS, Step, gains, place, ratio, waterfall
 
 
 def exact(value: float) -> Interval:
@@ -97,3 +99,54 @@ def test_every_claim_has_a_source_and_a_range() -> None:
 def test_waterfall_refuses_what_has_no_gain(steps: list[Step]) -> None:
     with pytest.raises(RecipeError):
         waterfall(steps)
+
+
+POINT = (1, None)
+
+
+def served(*seconds: float, tokens: int = 10) -> dict[tuple[int, None], list[RequestSample]]:
+    """One request a round, of so many seconds."""
+    times = [tuple(s * (i + 1) / tokens for i in range(tokens)) for s in seconds]
+    return {
+        POINT: [
+            RequestSample(f"{turn}", 5, tokens, 100.0 * turn, row[0] + 100 * turn,
+                          tuple(t + 100 * turn for t in row), round=turn)
+            for turn, row in enumerate(times)
+        ]
+    }  # fmt: skip
+
+
+def test_gains_of_samples_are_paired_by_round() -> None:
+    groups = {"base": served(4.0, 8.0), "fast": served(2.0, 4.0), "slow": served(4.0, 8.0)}
+    declared = [
+        {"variant": "fast", "technique": "int8"}, {"variant": "slow", "technique": "my own"}
+    ]  # fmt: skip
+    (found,) = gains(declared, groups, baseline="base", seed=0, goal=metrics.Goal())
+    first, fast, slow = found["steps"]
+    assert (first["name"], first["technique"]) == ("base", "")
+    assert found["concurrency"] == 1 and found["left_out"] == []
+    # The machine was twice as slow in the second round; the pairs do not see it.
+    assert first["throughput_tok_s"]["high"] > 2 * first["throughput_tok_s"]["low"]
+    assert fast["step_gain"] == {"value": 2.0, "low": pytest.approx(2.0), "high": pytest.approx(2)}
+    assert slow["step_gain"]["value"] == 0.5 and slow["total_gain"]["low"] == pytest.approx(1.0)
+    assert fast["position"] == "inside" and slow["position"] is None
+    json.dumps(found)
+
+
+def test_the_first_step_without_a_technique_is_the_starting_point() -> None:
+    groups = {"base": served(4.0, 8.0), "a": served(2.0, 2.0), "b": served(1.0, 1.0)}
+    declared = [{"variant": "a", "technique": None}, {"variant": "b", "technique": "int4"}]
+    (found,) = gains(declared, groups, baseline="base", seed=0, goal=metrics.Goal())
+    assert [step["name"] for step in found["steps"]] == ["a", "b"]
+    assert found["steps"][1]["total_gain"]["value"] == pytest.approx(2.0)
+
+
+def test_steps_behind_one_without_figures_are_left_out() -> None:
+    groups = {"base": served(4.0, 8.0), "b": served(1.0, 1.0)}
+    declared = [{"variant": "a", "technique": "int8"}, {"variant": "b", "technique": "int4"}]
+    (found,) = gains(declared, groups, baseline="base", seed=0, goal=metrics.Goal())
+    assert [step["name"] for step in found["steps"]] == ["base"]
+    assert found["left_out"] == ["a", "b"]
+    nobody = metrics.Goal(ttft_ms=1e-9)
+    (found,) = gains(declared, groups, baseline="base", seed=0, goal=nobody)
+    assert found["steps"] == [] and found["left_out"] == ["base", "a", "b"]

@@ -9,6 +9,7 @@ from compressor.data.tokens import tokens_sha256
 from compressor.errors import RecipeError
 from compressor.measure.workload import (
     build_workload,
+    output_lengths,
     prompts_sha256,
     tokenizer_encode,
 )
@@ -79,3 +80,11 @@ def test_hash_tells_shapes_apart_and_ignores_byte_order() -> None:
 
 def test_tokenizer_adds_no_special_tokens(tokenizer: Any) -> None:
     assert tokenizer_encode(tokenizer)("the fox") == [1, 4]
+
+
+def test_answer_lengths_are_seeded_spread_and_inclusive() -> None:
+    lengths = output_lengths((2, 5), 400, seed=3)
+    assert set(lengths) == {2, 3, 4, 5} and abs(np.mean(lengths) - 3.5) < 0.2
+    assert output_lengths((2, 5), 100, seed=3) == lengths[:100]  # more prompts change none
+    assert output_lengths((2, 5), 400, seed=4) != lengths
+    assert output_lengths((7, 7), 3, seed=0) == [7, 7, 7]

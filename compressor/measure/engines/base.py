@@ -29,6 +29,7 @@ class RequestSample:
             generator or server that falls behind cannot hide it (coordinated omission).
         error: why it failed; empty when it did not.
         rate_per_s: open loop: declared arrivals per second.
+        asked_tokens: the most output tokens that were asked for; None where nobody noted it.
     """
 
     request_id: str
@@ -44,6 +45,7 @@ class RequestSample:
     scheduled_s: float | None = None
     error: str = ""
     rate_per_s: float | None = None
+    asked_tokens: int | None = None
 
     @property
     def end_s(self) -> float:
