@@ -45,7 +45,7 @@ GROUP = 64
 _GPTQ = {
     "scheme": "W4A16",
     "group_size": GROUP,
-    "observer": "mse",
+    "observer": "output",
     "desc_act": True,
     "true_sequential": True,
 }
@@ -78,10 +78,6 @@ OURS: dict[str, list[dict[str, Any]]] = {
     "W8A8 smoothquant+gptq": [{"smoothquant": {}}, _INT8],
     "W8A8 rotation+smoothquant+gptq": [{"rotation": {}}, {"smoothquant": {}}, _INT8],
     "W8A8 rotation+smoothquant+gptq, asymmetric activations": _ASYMMETRIC,
-    "W8A8 the same + distillation": [
-        *_ASYMMETRIC,
-        {"distillation": {"steps": 32, "learning_rate": 5e-4}},
-    ],
     "W8A8 the same, down_proj of 3 blocks left in bf16": _ASYMMETRIC,
     "W8A8 the same, down_proj of 6 blocks left in bf16": _ASYMMETRIC,
 }

@@ -61,7 +61,11 @@ def fit_grid(
         width = columns // groups
         parts = [hessian[i : i + width, i : i + width] for i in range(0, columns, width)]
         moments = torch.stack(parts)
-    return _fit(weight.reshape(rows, groups, -1), scheme, observer, scale_dtype, moments)
+        # Group by group: what is multiplied by each group's moments lies together.
+        apart = weight.reshape(rows, groups, -1).transpose(0, 1).contiguous()
+        scale, zero = _fit(apart, scheme, observer, scale_dtype, moments)
+        return scale.T.contiguous(), None if zero is None else zero.T.contiguous()
+    return _fit(weight.reshape(rows, groups, -1), scheme, observer, scale_dtype)
 
 
 def _fit(
@@ -109,8 +113,8 @@ def _error(
     scheme: WeightScheme,
     moments: torch.Tensor | None,
 ) -> torch.Tensor:
-    """[out, groups]: error of the weights, or of their outputs where moments [groups, width, width]
-    are given."""
+    """Error of every group [..., width] of the weights, or of their outputs where moments [groups,
+    width, width] of weights [groups, out, width] are given."""
     step = scale.unsqueeze(-1)
     if scheme.type == "float":
         error = round_to_float8(x / step)
@@ -124,7 +128,7 @@ def _error(
     if moments is None:
         # |error|^2.5: GPTQ's own clip search takes 2.4, for which there is no quick instruction.
         return error.abs_().sqrt().mul_(error).mul_(error).sum(-1)
-    return (torch.einsum("rgi,gij->rgj", error, moments) * error).sum(-1)
+    return torch.bmm(error, moments).mul_(error).sum(-1)
 
 
 def round_to_grid(
