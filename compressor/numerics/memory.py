@@ -13,6 +13,7 @@ import psutil
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _KEEP = 1 << 30
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+_resident = 0  # bytes of the process after freed pages were last handed back
 WAITING_SHARE = 0.4  # of the free memory that batches may take which wait for a linear
 
 
@@ -36,13 +37,17 @@ def keep_freed_pages() -> bool:
 
 
 def release_freed_pages() -> None:
-    """Hand what is free in glibc's heap back to the kernel, also in the middle of it.
+    """Hand what is free in glibc's heap back to the kernel, also in the middle of it, once a
+    gigabyte has come together.
 
     The counterpart of `keep_freed_pages`, between pieces of work whose allocations differ in size:
     what one leaves in pieces, the next cannot use, and the heap would grow with every piece.
     """
-    if keep_freed_pages():
+    global _resident
+    process = psutil.Process()
+    if keep_freed_pages() and process.memory_info().rss - _resident > _KEEP:
         ctypes.CDLL(None).malloc_trim(0)
+        _resident = process.memory_info().rss
 
 
 def free_bytes(device: Any = "cpu") -> int:
