@@ -78,14 +78,18 @@ OURS: dict[str, list[dict[str, Any]]] = {
     "W8A8 smoothquant+gptq": [{"smoothquant": {}}, _INT8],
     "W8A8 rotation+smoothquant+gptq": [{"rotation": {}}, {"smoothquant": {}}, _INT8],
     "W8A8 rotation+smoothquant+gptq, asymmetric activations": _ASYMMETRIC,
-    "W8A8 the same, down_proj of 3 blocks left in bf16": _ASYMMETRIC,
-    "W8A8 the same, down_proj of 6 blocks left in bf16": _ASYMMETRIC,
+    "W8A8 rotation+smoothquant+gptq, asymmetric activations, down_proj of 3 blocks left in bf16": _ASYMMETRIC,
+    "W8A8 rotation+smoothquant+gptq, asymmetric activations, down_proj of 6 blocks left in bf16": _ASYMMETRIC,
 }
 # Where the first tokens grow very large: what rounding of the input costs by block was measured
 # with every other linear left alone.
 IGNORE = {
-    "W8A8 the same, down_proj of 3 blocks left in bf16": [_down(0, 2, 29)],
-    "W8A8 the same, down_proj of 6 blocks left in bf16": [_down(0, 1, 2, 9, 11, 29)],
+    "W8A8 rotation+smoothquant+gptq, asymmetric activations, down_proj of 3 blocks left in bf16": [
+        _down(0, 2, 29)
+    ],
+    "W8A8 rotation+smoothquant+gptq, asymmetric activations, down_proj of 6 blocks left in bf16": [
+        _down(0, 1, 2, 9, 11, 29)
+    ],
 }
 PEERS: dict[str, dict[str, Any]] = {
     f"llmcompressor gptq {dtype}": {
