@@ -51,6 +51,7 @@ _GPTQ = {
 }
 _REFINED = {"signround": {"iterations": 50, "batch_size": 4}}
 _INT8 = {"gptq": {"scheme": "W8A8"}}
+_INT8_BEST = "W8A8 rotation+smoothquant+gptq, asymmetric activations"
 _ASYMMETRIC = [
     {"rotation": {}},
     {"smoothquant": {}},
@@ -77,20 +78,12 @@ OURS: dict[str, list[dict[str, Any]]] = {
     "rotation+gptq+distillation": [{"rotation": {}}, {"gptq": _GPTQ}, {"distillation": {}}],
     "W8A8 smoothquant+gptq": [{"smoothquant": {}}, _INT8],
     "W8A8 rotation+smoothquant+gptq": [{"rotation": {}}, {"smoothquant": {}}, _INT8],
-    "W8A8 rotation+smoothquant+gptq, asymmetric activations": _ASYMMETRIC,
-    "W8A8 rotation+smoothquant+gptq, asymmetric activations, down_proj of 3 blocks left in bf16": _ASYMMETRIC,
-    "W8A8 rotation+smoothquant+gptq, asymmetric activations, down_proj of 6 blocks left in bf16": _ASYMMETRIC,
+    _INT8_BEST: _ASYMMETRIC,
+    f"{_INT8_BEST}, down_proj of 6 blocks left in bf16": _ASYMMETRIC,
 }
 # Where the first tokens grow very large: what rounding of the input costs by block was measured
 # with every other linear left alone.
-IGNORE = {
-    "W8A8 rotation+smoothquant+gptq, asymmetric activations, down_proj of 3 blocks left in bf16": [
-        _down(0, 2, 29)
-    ],
-    "W8A8 rotation+smoothquant+gptq, asymmetric activations, down_proj of 6 blocks left in bf16": [
-        _down(0, 1, 2, 9, 11, 29)
-    ],
-}
+IGNORE = {f"{_INT8_BEST}, down_proj of 6 blocks left in bf16": [_down(0, 1, 2, 9, 11, 29)]}
 PEERS: dict[str, dict[str, Any]] = {
     f"llmcompressor gptq {dtype}": {
         "peer": "llmcompressor",
