@@ -32,7 +32,7 @@ variants:
     quantize:
       # int4 weights: smallest, cheapest per stream. The group must divide the model's hidden
       # sizes: where 128 does not, take 64 or 32.
-      - gptq: {{scheme: W4A16, group_size: 128}}
+      - gptq: {{scheme: W4A16, group_size: 128, observer: output}}
 
 # What was lost: perplexity, KL divergence, top-1 agreement on text the model was not calibrated on.
 evaluate:
