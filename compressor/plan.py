@@ -538,12 +538,15 @@ class _Speed:
         f = self.facts
         seen = 8 * options.steps * options.batch_size * length + 2 * tokens  # passes: 4, or 1
         itemsize = 2 if dtype in ("bfloat16", "float16") else 4
-        needed = memory.training_bytes(f.parameters, itemsize, length, f.hidden, f.layers)
+        shape = (-(-tokens // length), length)
+        needed = memory.training_bytes(
+            f.parameters, itemsize, shape, f.hidden, f.layers, f.vocabulary
+        )
         return Estimate(
             made.seconds + seen * f.parameters / (0.6 * self.product(dtype)),
             max(made.memory_bytes, needed),
-            made.disk_bytes,
-            max(made.least_memory, needed),
+            made.disk_bytes + f.parameters,  # of factors and moments, twice while it is written
+            made.least_memory if _has_gpu() else max(made.least_memory, needed),
         )
 
     def _with_head(

@@ -330,6 +330,12 @@ class Variant(_Section):
         for key in ("precision", "kv_cache", "lm_head"):
             if getattr(self, key) is not None and self.library is not None:
                 raise ValueError(f"`{key}:` does not go with {self.quantize[-1].algorithm}")
+        level = registry.get(self.quantize[-1].algorithm) if self.quantize else None
+        if self.kv_cache is not None and getattr(level, "level", None) == "model":
+            raise ValueError(
+                f"`kv_cache:` does not go with {self.quantize[-1].algorithm}, which would move "
+                "keys and values after the cache's scales were found"
+            )
         return self
 
     @property

@@ -286,6 +286,7 @@ def _quantized(stage: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) ->
         "quantization": {
             "seconds": stage["seconds"],
             "peak_rss_bytes": stage["peak_rss_bytes"],
+            "refined": _refined(result.get("refined")),
             "layers": [
                 {key: layer[key] for key in _LAYER_KEYS} | {"scheme": layer["scheme"]["name"]}
                 for layer in layers
@@ -293,6 +294,12 @@ def _quantized(stage: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) ->
             ],
         },
     }
+
+
+def _refined(facts: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What is reported of a refinement of the whole model."""
+    keys = ("kl_before", "kl_after", "kept", "held_out_samples")
+    return {key: facts[key] for key in keys} if facts else None
 
 
 def _artifact(stage: Mapping[str, Any]) -> dict[str, Any]:

@@ -582,14 +582,17 @@ def _quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn
         refs[head.name] = head
     if quantized.result.get("head") is not None:
         model.untie_head()
+    replaced = replaced_tensors(quantized.path)
     for name, tensor, scheme in iterate_quantized(quantized.path):
         ref = refs[name]
-        bias = model.checkpoint.tensor(f"{name}.bias") if ref.module.bias is not None else None
+        given = None
+        if ref.module.bias is not None:
+            given = replaced.get(f"{name}.bias")
+            given = model.checkpoint.tensor(f"{name}.bias") if given is None else given
         linear = QuantizedLinear.from_tensor(
-            tensor, scheme, bias, kernel="reference", dtype=torch.float32
+            tensor, scheme, given, kernel="reference", dtype=torch.float32
         )
         model.replace_linear(ref, linear)
     if quantized.result.get("kv_cache"):
         round_cache(model, kv_scales(quantized.path), KV_CACHE[quantized.result["kv_cache"]])
-    replaced = replaced_tensors(quantized.path)
     return model.load_full(torch.float32, device, replaced)

@@ -149,6 +149,11 @@ def test_an_algorithm_may_be_named_alone(tmp_path: Path) -> None:
             "distillation looks at the whole quantized model: it comes last",
         ),
         (
+            GOOD + "      - distillation\n    kv_cache: fp8\n",
+            5,
+            "`kv_cache:` does not go with distillation",
+        ),
+        (
             GOOD.replace("W4A16, group_size: 64", "FP8") + "      - coordinate_descent\n",
             8,
             "quantize.1.coordinate_descent: it works on an integer grid, which scheme FP8 is not: "

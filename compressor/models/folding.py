@@ -16,6 +16,11 @@ from torch import nn
 from compressor.models.architecture import BlockInputs, CausalLM, LinearRef
 
 
+def weight_offset(norm: nn.Module) -> float:
+    """What a norm adds to its weight before it multiplies by it: Gemma's multiply by 1 + weight."""
+    return 1.0 if "Gemma" in type(norm).__name__ else 0.0
+
+
 class Producer:
     """A layer and the linears that read its output.
 
@@ -47,8 +52,7 @@ class Producer:
 
     @property
     def _offset(self) -> float:
-        """Gemma's norms multiply by (1 + weight)."""
-        return 1.0 if "Gemma" in type(self.module).__name__ else 0.0
+        return weight_offset(self.module)
 
     def apply(self, scale: torch.Tensor) -> torch.Tensor:
         """Divide the output's channels by ``scale`` [in] and multiply the consumers' columns.

@@ -77,13 +77,25 @@ def free_bytes(device: Any = "cpu") -> int:
     return max(free, 0)
 
 
-def training_bytes(parameters: int, itemsize: int, length: int, hidden: int, layers: int) -> int:
+def training_bytes(
+    parameters: int,
+    itemsize: int,
+    tokens: tuple[int, ...],
+    hidden: int,
+    layers: int,
+    vocabulary: int,
+) -> int:
     """Memory that training the scales of a whole quantized model takes, roughly.
 
     Args:
         parameters: of the model.
         itemsize: bytes of a number in the dtype that it runs in.
-        length, hidden, layers: tokens of a sample, width and number of blocks.
+        tokens: samples and tokens of each.
+        hidden, layers, vocabulary: width, number of blocks, tokens that are told apart.
     """
+    samples, length = tokens
     kept = 40 * length * hidden * layers * itemsize  # activations for the way back
-    return int((2 * itemsize + 0.3) * parameters) + kept + 1_000_000_000
+    kept += samples * length * hidden * itemsize  # what the original makes of them
+    kept += 10 * 4 * 256 * vocabulary  # distributions of a few tokens at a time
+    # Codes and the weights made of them; factors, gradients and moments for groups of 32 and up.
+    return int((2 * itemsize + 0.7) * parameters) + kept + 700_000_000

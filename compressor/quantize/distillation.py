@@ -6,10 +6,12 @@ for Large Language Models", arXiv 2407.11062, second phase (E2E-QP): codes stay 
 scale of every group is trained through the whole model. Here the loss is not that of the next token
 but KL(original || quantized) over the whole vocabulary at every position, which says more per token
 and does not teach the model its calibration text; and the weights of the norms are trained too.
-What is trained are factors that start at 1, so that one learning rate suits every tensor. Scales,
-weights and inputs are rounded as they will be when served; gradients pass that (straight-through).
+What is trained are factors that start at 1, so that one learning rate suits every tensor. Scales
+and norms are rounded as they will be stored and inputs as they will be when served; gradients pass
+that (straight-through). Products are of the dtype that the model runs in.
 
-Some samples are held out. If the loss on those did not fall, nothing is changed.
+Some samples are held out. If the loss on those did not fall, nothing is changed, and the report
+says so.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional
 
+from compressor.models.folding import weight_offset
 from compressor.numerics.kernels import rounded
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import ActivationScheme
@@ -32,7 +35,6 @@ _HELD_OUT = 16  # one sample in so many
 _ROWS = 256  # tokens whose distributions are in memory at once
 _WARM_UP = 4  # steps
 _BETAS = (0.9, 0.95)
-_EPSILON = 1e-8
 
 State = dict[str, torch.Tensor]
 
@@ -94,6 +96,7 @@ class ScaledLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
+        x = x.to(self.dtype)  # of the output layer in float32, by `Head`
         if self.activations is not None:
             flat = x.detach().reshape(-1, x.shape[-1])
             near = rounded(flat, self.activations, self.input_scale).view_as(x)
@@ -112,7 +115,7 @@ class ScaledNorm(nn.Module):
     """A norm whose weight is multiplied by a trained factor.
 
     Args:
-        norm: any module with a one-dimensional ``weight``.
+        norm: any module with a one-dimensional ``weight``; what is scaled is what it multiplies by.
         stored: dtype that its weight is stored in.
     """
 
@@ -132,7 +135,8 @@ class ScaledNorm(nn.Module):
     def stored_weight(self) -> torch.Tensor:
         """The weight as it will be stored."""
         weight: Any = self.norm.weight
-        return (weight.detach().float() * self.factor).to(self.stored)
+        offset = weight_offset(self.norm)
+        return ((weight.detach().float() + offset) * self.factor - offset).to(self.stored)
 
 
 @register("distillation")
@@ -211,12 +215,19 @@ class Distillation:
                 total += self._backward(
                     last_hidden, heads, tokens[row : row + 1], targets[row], len(rows)
                 )
+            if not math.isfinite(total):
+                break
+            for factor in factors.values():  # an expert that no token went through has none
+                if factor.grad is None:
+                    factor.grad = torch.zeros_like(factor)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(total)
             save(_state(optimizer, factors, before, losses))
             advance(f"KL {total:.4f}")
-        after = self._divergence(last_hidden, heads, tokens, targets, aside)
+        after = math.inf
+        if len(losses) == options.steps:
+            after = self._divergence(last_hidden, heads, tokens, targets, aside)
         kept = after < before
         if not kept:
             with torch.no_grad():

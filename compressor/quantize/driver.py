@@ -160,18 +160,27 @@ def quantize_model(
         )
     (directory / RESUME).unlink(missing_ok=True)
     refined = {}
+    if walk.model_refinements:
+        stream.release()
     for refinement in walk.model_refinements:
         assert tokens is not None
-        refined["refined"] = refine_whole(
-            model.checkpoint.directory,
-            directory,
-            refinement,
-            tokens,
-            head=walk.head is not None,
-            dtype=dtype,
-            device=device,
-            advance=advance,
-        )
+        try:
+            refined["refined"] = refine_whole(
+                model.checkpoint.directory,
+                directory,
+                refinement,
+                tokens,
+                head=walk.head is not None,
+                dtype=dtype,
+                device=device,
+                advance=advance,
+            )
+        except torch.cuda.OutOfMemoryError as error:
+            raise RunError(
+                "too little memory to refine the whole model",
+                where=device,
+                fix="remove the last step, shorten `calibration.length`, or use a larger device",
+            ) from error
     return refined | {
         "seconds": time.perf_counter() - started,
         "tokens": int(tokens.size) if tokens is not None and walk.uses_tokens else 0,

@@ -67,6 +67,11 @@ class Stream:
         self.lowered = False  # the batch, after a device ran out of memory
         self.saved = time.monotonic()
 
+    def release(self) -> None:
+        """Let go of the activations after the last block."""
+        self.hidden = self.original = None
+        self.inputs = {}
+
     def start(
         self, tokens: np.ndarray, batch_size: int, first: int, others: Sequence[int] = ()
     ) -> None:

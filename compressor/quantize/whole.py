@@ -1,12 +1,13 @@
 """Refinements that look at the whole model at once, after its last block was quantized.
 
-They need what the walk over the blocks does not: memory for all weights in the dtype that the model
-runs in. The original model is there first, for the states in front of its head, then the quantized
-one. What they change goes into ``refined.safetensors`` (see `codes.py`).
+They need what the walk over the blocks does not: memory for the whole model in the dtype that it
+runs in, twice. The original model is there first, for the states in front of its head, then the
+quantized one. What they change goes into ``refined.safetensors`` (see `codes.py`).
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -64,7 +65,10 @@ def refine_whole(
     Raises:
         RunError: the device's memory does not hold the model.
     """
+    saved = directory / STATE
     if (directory / REFINED).exists():
+        for path in (saved, saved.with_suffix(".tmp")):
+            path.unlink(missing_ok=True)
         with safe_open(directory / REFINED, "pt") as file:
             facts: dict[str, Any] = json.loads(file.metadata()["facts"])
         for _ in range(refinement.options.steps):
@@ -74,8 +78,14 @@ def refine_whole(
     model = CausalLM.open(model_dir)
     config = model.model.config.get_text_config()
     parameters = sum(p.numel() for p in model.model.parameters())
+    _free(device)
     needed = training_bytes(
-        parameters, dtype.itemsize, tokens.shape[1], config.hidden_size, len(model.blocks)
+        parameters,
+        dtype.itemsize,
+        tokens.shape,
+        config.hidden_size,
+        len(model.blocks),
+        config.vocab_size,
     )
     if needed > free_bytes(device):
         raise RunError(
@@ -90,11 +100,10 @@ def refine_whole(
     targets = _targets(original, ids, refinement.rows(len(ids)))
     heads = [split(original)]
     del original, model
-    release_freed_pages()
+    _free(device)
 
     quantized, factors, keys = _quantized(model_dir, directory, refinement, head, dtype, device)
     heads.append(Head(quantized.get_output_embeddings(), quantized.config))
-    saved = directory / STATE
     state = load_file(saved) if saved.exists() else None
     written = time.monotonic()
 
@@ -122,8 +131,17 @@ def refine_whole(
         else:
             changed[f"{key}.replaced"] = module.stored_weight().detach().cpu()
     save_synced(changed if facts["kept"] else {}, directory / REFINED, {"facts": json.dumps(facts)})
-    saved.unlink(missing_ok=True)
+    for path in (saved, saved.with_suffix(".tmp")):
+        path.unlink(missing_ok=True)
     return facts
+
+
+def _free(device: str) -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    release_freed_pages()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()
@@ -148,16 +166,19 @@ def _quantized(
         refs[output.name] = output
     if head:
         model.untie_head()
+    replaced = replaced_tensors(directory)
     keys: dict[str, Any] = {}
     for name, tensor, scheme in iterate_quantized(directory):
         ref = refs[name]
-        bias = model.checkpoint.tensor(f"{name}.bias") if ref.module.bias is not None else None
+        bias = None
+        if ref.module.bias is not None:
+            bias = replaced.get(f"{name}.bias")
+            bias = model.checkpoint.tensor(f"{name}.bias") if bias is None else bias
         keys[name] = ScaledLinear(
-            tensor, scheme.input_activations, bias, dtype, refinement.scale_dtype
+            tensor.to(device), scheme.input_activations, bias, dtype, refinement.scale_dtype
         )
         model.replace_linear(ref, keys[name])
-    # A linear's own factor has no value on the meta device, and none in the checkpoint.
-    whole = model.load_full(dtype, device, replaced_tensors(directory))
+    whole = model.load_full(dtype, device, replaced)
     whole.requires_grad_(False)
     if refinement.options.norms:
         for path, module in list(whole.named_modules()):

@@ -60,7 +60,8 @@ def warnings(report: Mapping[str, Any]) -> list[str]:
 
 
 def fallbacks(report: Mapping[str, Any]) -> list[str]:
-    """One sentence for each variant with layers that went back to plain rounding."""
+    """One sentence for each variant with layers that went back to plain rounding, or with a
+    refinement that gained nothing."""
     lines = []
     for variant in report["variants"]:
         layers = (variant["quantization"] or {}).get("layers", [])
@@ -72,6 +73,12 @@ def fallbacks(report: Mapping[str, Any]) -> list[str]:
             if found:
                 count = "1 layer" if len(found) == 1 else f"{len(found)} layers"
                 lines.append(f"{variant['name']}: {count} {what}: {named(found, 8)}")
+        refined = (variant["quantization"] or {}).get("refined")
+        if refined and not refined["kept"]:
+            lines.append(
+                f"{variant['name']}: distillation did not bring the model nearer to the original "
+                "on samples that were held out, and was taken back"
+            )
     return lines
 
 

@@ -109,12 +109,26 @@ class Precision(Strict):
     predicted_loss: float
 
 
+class Refinement(Strict):
+    """A refinement of the whole model: KL divergence from the original on calibration samples that
+    were held out [nats per token]. `kept` is false where it did not fall: nothing was changed then.
+
+    Errors of layers are those before it.
+    """
+
+    kl_before: float
+    kl_after: float
+    kept: bool
+    held_out_samples: int
+
+
 class Quantization(Strict):
     """How the quantization went."""
 
     seconds: float | None = None
     peak_rss_bytes: int | None = None
     layers: list[LayerError] = []
+    refined: Refinement | None = None
 
 
 class Quality(Strict):
