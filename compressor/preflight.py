@@ -179,8 +179,8 @@ def _targets(recipe: Recipe) -> list[Target]:
 
 
 def llama_cpp_targets() -> list[Target]:
-    """llama.cpp on this machine's processor, for which ``scripts/setup_llama_cpp.sh`` builds it, and
-    on its GPU, or without one on a common one."""
+    """llama.cpp on this machine's processor, which the setup script builds it for, and on its GPU
+    or, without one, on a common one."""
     import torch
 
     cpu = replace(this_cpu(), engine="llama.cpp")
