@@ -180,6 +180,7 @@ class HttpClient:
         stall_s: longest wait for the next token once there was one [s].
         total_s: longest duration of a request, the wait for the first token included [s].
         trust_env: use the proxy that the environment names.
+        keep_alive: use a connection for more than one request.
     """
 
     def __init__(
@@ -196,6 +197,7 @@ class HttpClient:
         stall_s: float = 60.0,
         total_s: float = 600.0,
         trust_env: bool = False,
+        keep_alive: bool = True,
     ) -> None:
         if chat and decode is None:
             raise ValueError("chat completions take text: give `decode`")
@@ -215,8 +217,11 @@ class HttpClient:
         self._secrets = [value.strip() for value in whole_first if value.strip()]
         self._length_field = length_field
         self._sent = 0
+        kept: dict[str, Any] = (
+            {"keepalive_timeout": _KEEP_ALIVE_SECONDS} if keep_alive else {"force_close": True}
+        )
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS),
+            connector=aiohttp.TCPConnector(limit=0, **kept),
             headers={"Accept-Encoding": "identity", **(headers or {})},
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None, sock_read=None),
             read_bufsize=_READ_BYTES,

@@ -39,7 +39,7 @@ def run_recipe(directory: Path, name: str, **recipe: Any) -> Path:
         The run's directory, with ``artifacts`` and ``report``.
     """
     sections: Mapping[str, Any] = {"version": 1, "model": SMOLLM2, **recipe}
-    (directory / f"{name}.yaml").write_text(yaml.safe_dump(dict(sections)))
+    (directory / f"{name}.yaml").write_text(yaml.safe_dump(dict(sections), sort_keys=False))
     compress("run", f"{name}.yaml", cwd=directory)
     (run,) = (directory / "runs" / name).iterdir()
     return run

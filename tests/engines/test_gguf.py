@@ -18,8 +18,9 @@ from tests.engines.runs import compress, run_recipe
 
 PROMPTS, TOKENS = 12, 16
 VARIANTS = ("baseline", "int8", "int4", "zero-points")
-# Share of next tokens that must be ours behind the same tokens.
-LEAST = {"baseline": 0.97, "int8": 0.9, "int4": 0.85, "zero-points": 0.85}
+# Share of next tokens that must be ours behind the same tokens. Seen (0.5.0, AVX512): 192, 189, 185
+# and 188 of 192.
+LEAST = {"baseline": 0.99, "int8": 0.95, "int4": 0.92, "zero-points": 0.92}
 pytestmark = pytest.mark.slow
 
 

@@ -67,6 +67,7 @@ def model(tmp_path: Path) -> Path:
 
 def test_the_binary_is_found(binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COMPRESSOR_LLAMA_SERVER", raising=False)
+    monkeypatch.chdir(binary.parent)  # where nothing was built
     assert llama_server(binary) == binary
     monkeypatch.setenv("PATH", str(binary.parent) + os.pathsep + os.environ["PATH"])
     assert llama_server() == binary
@@ -75,8 +76,11 @@ def test_the_binary_is_found(binary: Path, monkeypatch: pytest.MonkeyPatch) -> N
         llama_server()
 
 
-def test_a_missing_binary_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_binary_is_told_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("COMPRESSOR_LLAMA_SERVER", raising=False)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(RunError, match=r"not on the PATH[\s\S]*set COMPRESSOR_LLAMA_SERVER"):
         llama_server()

@@ -266,6 +266,24 @@ def test_faults_are_samples_with_the_tokens_before_them(
         assert sample.first_token_s == sample.token_times_s[0]
 
 
+async def closes_what_it_promised_to_keep(answer: Answer) -> None:
+    """As llama-server does."""
+    await good(answer)
+    raise ConnectionResetError
+
+
+def test_a_connection_that_is_closed_after_each_answer_is_not_used_again() -> None:
+    async def run() -> list[RequestSample]:
+        async with serving(closes_what_it_promised_to_keep) as server:
+            client = server.client(keep_alive=False)
+            found = [await client.request([1, 2, 3], 2) for _ in range(20)]
+            await client.close()
+            assert all("connection: close" in head.lower() for head in server.heads)
+            return found
+
+    assert [sample.error for sample in asyncio.run(run())] == [""] * 20
+
+
 def test_a_refused_connection_is_a_sample() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

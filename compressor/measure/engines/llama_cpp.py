@@ -160,11 +160,16 @@ class LlamaCppServer(ServerProcess):
         return done.stdout.decode("utf-8", "replace")
 
     def client(self) -> HttpClient:
-        """A client that sends token ids; each event tells how many tokens there are so far."""
+        """A client that sends token ids; each event tells how many tokens there are so far.
+
+        A connection serves one request: the server promises to keep it, but closes it after a
+        streamed answer (0.5.0), and the next request would be lost on it.
+        """
         return HttpClient(
             f"{self.url}/v1/completions",
             model=SERVED_NAME,
             fields={"cache_prompt": False, "timings_per_token": True},
+            keep_alive=False,
             stall_s=self.stall_s,
             total_s=self.total_s,
         )
