@@ -567,32 +567,23 @@ def _quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn
     from compressor.numerics.linear import QuantizedLinear
     from compressor.numerics.scheme import KV_CACHE
     from compressor.quantize.bitsandbytes import iterate_tensors
-    from compressor.quantize.codes import iterate_quantized, kv_scales, replaced_tensors
+    from compressor.quantize.codes import kv_scales, replace_linears, replaced_tensors
 
     model = CausalLM.open(directory)
-    refs = {ref.name: ref for i in range(len(model.blocks)) for ref in model.linears(i)}
     if quantized.result.get("format") == "bitsandbytes":
+        refs = {ref.name: ref for i in range(len(model.blocks)) for ref in model.linears(i)}
         threshold = quantized.result["settings"].get("llm_int8_threshold", 0.0)
         for name, tensors in iterate_tensors(quantized.path):
             ref = refs[name]
             bias = model.checkpoint.tensor(f"{name}.bias") if ref.module.bias is not None else None
             model.replace_linear(ref, bitsandbytes.linear(tensors, bias, threshold))
         return model.load_full(torch.float32, device)
-    if (head := model.head()) is not None:
-        refs[head.name] = head
-    if quantized.result.get("head") is not None:
-        model.untie_head()
-    replaced = replaced_tensors(quantized.path)
-    for name, tensor, scheme in iterate_quantized(quantized.path):
-        ref = refs[name]
-        given = None
-        if ref.module.bias is not None:
-            given = replaced.get(f"{name}.bias")
-            given = model.checkpoint.tensor(f"{name}.bias") if given is None else given
-        linear = QuantizedLinear.from_tensor(
-            tensor, scheme, given, kernel="reference", dtype=torch.float32
-        )
-        model.replace_linear(ref, linear)
+    replace_linears(
+        model,
+        quantized.path,
+        QuantizedLinear.from_tensor,
+        untie_head=quantized.result.get("head") is not None,
+    )
     if quantized.result.get("kv_cache"):
         round_cache(model, kv_scales(quantized.path), KV_CACHE[quantized.result["kv_cache"]])
-    return model.load_full(torch.float32, device, replaced)
+    return model.load_full(torch.float32, device, replaced_tensors(quantized.path))

@@ -15,11 +15,14 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressor import __version__, record
 from compressor.errors import RunError
 from compressor.store import file_sha256
+
+if TYPE_CHECKING:
+    from compressor.measure.settings import MeasureSettings
 
 TOLERANCE = 1e-9  # relative; other processors and numpy versions differ in the last bits
 VOLATILE: tuple[str, ...] = ()  # keys of report.json that are not compared: none
@@ -234,6 +237,14 @@ class _Run:
         return self.json(record.LEDGER) if self.stage("measure") else None
 
     @cached_property
+    def settings(self) -> MeasureSettings | None:
+        """What the recipe asked to be measured; None where nothing was."""
+        from compressor.measure.settings import MeasureSettings
+
+        measured = self.stage("measure")
+        return MeasureSettings.from_config(measured["config"]) if measured else None
+
+    @cached_property
     def prompts(self) -> list[list[int]]:
         from compressor.measure.workload import read_prompts
 
@@ -442,13 +453,11 @@ def _check_prompts(run: _Run, check: Check) -> None:
 def _check_samples(run: _Run, check: Check) -> None:
     """No request is missing, doubled or impossible."""
     from compressor.measure.samples import read_samples, request_ids
-    from compressor.measure.settings import MeasureSettings
 
-    measured = run.stage("measure")
-    if run.ledger is None or measured is None:
+    settings = run.settings
+    if run.ledger is None or settings is None:
         check.note = "nothing was measured"
         return
-    settings = MeasureSettings.from_config(measured["config"])
     lengths = settings.output_lengths(len(run.prompts))
     for variant, facts in run.ledger["samples"].items():
         name = facts["path"]
@@ -510,10 +519,11 @@ def _other_length(sample: Any, lengths: Sequence[int], settings: Any) -> Iterato
 
 def _check_load(run: _Run, check: Check) -> None:
     """The ledger's load, serving settings and sizes are those of the recipe and the artifacts."""
-    from compressor.measure.settings import MeasureSettings, serves
+    from compressor.measure.settings import serves
 
     measured = run.stage("measure")
-    if run.ledger is None or measured is None:
+    settings = run.settings
+    if run.ledger is None or measured is None or settings is None:
         check.note = "nothing was measured"
         return
     asked, load = measured["config"]["workload"], run.ledger["workload"]
@@ -524,7 +534,6 @@ def _check_load(run: _Run, check: Check) -> None:
     }
     check.expect(record.LEDGER, "workload", {key: load[key] for key in expected}, expected)
     check.expect(record.LEDGER, "workload.goal", load["goal"], asked["slo"])
-    settings = MeasureSettings.from_config(measured["config"])
     serving = {name: settings.serving(name) for name in run.ledger["samples"]}
     check.expect(record.LEDGER, "serving", run.ledger.get("serving"), serving)
     for name, own in serving.items():

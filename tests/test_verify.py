@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from compressor.measure.workload import read_prompts, write_prompts
 from compressor.record import MANIFEST, recorded_key, write_manifest
 from compressor.verify import differences, verify
 from tests import tiny
+from tests.edits import edit, named
 from tests.test_cli import compress
 
 RECIPE: dict[str, Any] = {
@@ -58,19 +58,6 @@ def run(project: Path, tmp_path: Path) -> Path:
     """A copy of the run on its own: no store, no model, no recipe beside it."""
     (made,) = (project / "runs" / "r").iterdir()
     return Path(shutil.copytree(made, tmp_path / "moved"))
-
-
-def edit(path: Path, change: Callable[[Any], None]) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content, indent=1))
-
-
-def named(run: Path) -> dict[tuple[str, str], str]:
-    """(file, key) -> sentence of every failure."""
-    found = verify(run)
-    assert found.ok is (not found.failures)
-    return {(one.file, one.key): one.sentence for one in found.failures}
 
 
 def rehash_samples(run: Path, digest: str, **facts: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from compressor.run import execute
 from compressor.store import Store
 from compressor.verify import verify
 from tests import tiny
+from tests.edits import edit, named
 
 INT4 = [{"rtn": {"scheme": "W4A16", "group_size": 32}}]
 RECIPE: dict[str, Any] = {
@@ -75,16 +75,6 @@ def made(project: Path) -> Path:
 @pytest.fixture
 def run(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "moved"))
-
-
-def edit(path: Path, change: Callable[[Any], None]) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content, indent=1))
-
-
-def named(run: Path) -> dict[tuple[str, str], str]:
-    return {(one.file, one.key): one.sentence for one in verify(run).failures}
 
 
 def test_stages_of_equal_compression_have_equal_keys(project: Path) -> None:

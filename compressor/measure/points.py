@@ -195,6 +195,7 @@ def figures(
         groups[name] = {}
         for sample in rows:
             groups[name].setdefault(_key(sample), []).append(sample)
+        groups[name] = dict(sorted(groups[name].items(), key=lambda item: _order(item[0])))
     loads: dict[tuple[str, Key], list[Mapping[str, Any]]] = {}
     for load in record["loads"]:
         loads.setdefault((load["variant"], _key(load)), []).append(load)
@@ -203,7 +204,7 @@ def figures(
     costs: dict[Key, float] = {}
     for name in [first, *(name for name in groups if name != first)]:
         performance[name] = []
-        for key, group in sorted(groups[name].items(), key=lambda item: _order(item[0])):
+        for key, group in groups[name].items():
             row = performance_row(
                 group,
                 groups[first][key],
@@ -225,12 +226,8 @@ def figures(
         "economics": economics(record, performance),
     }
     if declared := record.get("waterfall"):
-        ordered = {
-            name: dict(sorted(rows.items(), key=lambda item: _order(item[0])))
-            for name, rows in groups.items()
-        }
         found["techniques"] = techniques.gains(
-            declared, ordered, baseline=first, seed=seed, goal=goal
+            declared, groups, baseline=first, seed=seed, goal=goal
         )
     return found
 

@@ -50,10 +50,6 @@ class Producer:
     def _is_linear(self) -> bool:
         return isinstance(self.module, nn.Linear)
 
-    @property
-    def _offset(self) -> float:
-        return weight_offset(self.module)
-
     def apply(self, scale: torch.Tensor) -> torch.Tensor:
         """Divide the output's channels by ``scale`` [in] and multiply the consumers' columns.
 
@@ -71,9 +67,10 @@ class Producer:
         if self._is_linear:
             weight.div_(scale.unsqueeze(1))
         else:
-            before = weight + self._offset
-            rounded = (before / scale - self._offset).to(self.dtype).to(weight.dtype)
-            after = rounded + self._offset
+            offset = weight_offset(self.module)
+            before = weight + offset
+            rounded = (before / scale - offset).to(self.dtype).to(weight.dtype)
+            after = rounded + offset
             safe = (after != 0) & (before != 0)
             scale = torch.where(safe, before / torch.where(safe, after, 1.0), 1.0)
             weight.copy_(torch.where(safe, rounded, weight))

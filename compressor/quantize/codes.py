@@ -9,9 +9,9 @@ from there.
                               .input_scale float32 [1] where used;
                               {parameter}.replaced: unquantized tensors that a transform changed;
                               {attention}.k_scale, .v_scale float32 [1]: of a low-bit cache
+    head.safetensors          the same of the output layer (lm_head), where it is quantized
     refined.safetensors       {linear}.scale and {parameter}.replaced that take the place of the
                               above, from a refinement of the whole model
-    head.safetensors          the same of the output layer (lm_head), where it is quantized
     layers.jsonl              one line per linear: scheme, error, RTN's error, fallback
 """
 
@@ -19,14 +19,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from compressor.models.architecture import CausalLM
 from compressor.models.kv_cache import KEY, VALUE
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import Scheme
@@ -85,17 +87,9 @@ def iterate_quantized(directory: Path) -> Iterator[tuple[str, QuantizedTensor, S
 
 def replaced_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """Unquantized tensors that were changed (norm weights), by name in the checkpoint."""
-    found = {}
-    for path in sorted(directory.glob("block-*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                if key.endswith(".replaced"):
-                    found[key.removesuffix(".replaced")] = file.get_tensor(key).clone()
-    return found | {
-        key.removesuffix(".replaced"): value
-        for key, value in _refined(directory).items()
-        if key.endswith(".replaced")
-    }
+    found = _ending(directory, ".replaced")
+    found |= {k: v for k, v in _refined(directory).items() if k.endswith(".replaced")}
+    return {key.removesuffix(".replaced"): value for key, value in found.items()}
 
 
 def _refined(directory: Path) -> dict[str, torch.Tensor]:
@@ -104,13 +98,53 @@ def _refined(directory: Path) -> dict[str, torch.Tensor]:
 
 def kv_scales(directory: Path) -> dict[str, torch.Tensor]:
     """Scales of cached keys and values, float32 [1], by name in the checkpoint; may be empty."""
+    return _ending(directory, KEY, VALUE)
+
+
+def _ending(directory: Path, *endings: str) -> dict[str, torch.Tensor]:
+    """The blocks' tensors whose key ends so."""
     found = {}
     for path in sorted(directory.glob("block-*.safetensors")):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
-                if key.endswith((KEY, VALUE)):
+                if key.endswith(endings):
                     found[key] = file.get_tensor(key).clone()
     return found
+
+
+def replace_linears(
+    model: CausalLM,
+    directory: Path,
+    make: Callable[[QuantizedTensor, Scheme, torch.Tensor | None], nn.Module],
+    *,
+    untie_head: bool,
+) -> dict[str, nn.Module]:
+    """Put a module in the place of every quantized linear.
+
+    Args:
+        model: the checkpoint that was quantized, not loaded yet.
+        directory: of the codes.
+        make: the module of a tensor, its scheme and its bias, which a transform may have changed.
+        untie_head: whether the output layer was quantized, and so has a weight of its own.
+
+    Returns:
+        The modules, by the linear's name in the checkpoint.
+    """
+    refs = {ref.name: ref for i in range(len(model.blocks)) for ref in model.linears(i)}
+    if (head := model.head()) is not None:
+        refs[head.name] = head
+    if untie_head:
+        model.untie_head()
+    replaced = replaced_tensors(directory)
+    made = {}
+    for name, tensor, scheme in iterate_quantized(directory):
+        ref, bias = refs[name], None
+        if ref.module.bias is not None:
+            bias = replaced.get(f"{name}.bias")
+            bias = model.checkpoint.tensor(f"{name}.bias") if bias is None else bias
+        made[name] = make(tensor, scheme, bias)
+        model.replace_linear(ref, made[name])
+    return made
 
 
 def flatten(name: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:

@@ -24,9 +24,11 @@ from compressor.errors import RunError
 from compressor.models.architecture import CausalLM
 from compressor.models.head import Head, last_hidden, split
 from compressor.numerics.memory import free_bytes, release_freed_pages, training_bytes
+from compressor.numerics.quantized import QuantizedTensor
+from compressor.numerics.scheme import Scheme
 from compressor.quantize.codes import (
     REFINED,
-    iterate_quantized,
+    replace_linears,
     replaced_tensors,
     save_synced,
 )
@@ -65,10 +67,8 @@ def refine_whole(
     Raises:
         RunError: the device's memory does not hold the model.
     """
-    saved = directory / STATE
     if (directory / REFINED).exists():
-        for path in (saved, saved.with_suffix(".tmp")):
-            path.unlink(missing_ok=True)
+        _forget_state(directory)
         with safe_open(directory / REFINED, "pt") as file:
             facts: dict[str, Any] = json.loads(file.metadata()["facts"])
         for _ in range(refinement.options.steps):
@@ -104,6 +104,7 @@ def refine_whole(
 
     quantized, factors, keys = _quantized(model_dir, directory, refinement, head, dtype, device)
     heads.append(Head(quantized.get_output_embeddings(), quantized.config))
+    saved = directory / STATE
     state = load_file(saved) if saved.exists() else None
     written = time.monotonic()
 
@@ -131,9 +132,14 @@ def refine_whole(
         else:
             changed[f"{key}.replaced"] = module.stored_weight().detach().cpu()
     save_synced(changed if facts["kept"] else {}, directory / REFINED, {"facts": json.dumps(facts)})
-    for path in (saved, saved.with_suffix(".tmp")):
-        path.unlink(missing_ok=True)
+    _forget_state(directory)
     return facts
+
+
+def _forget_state(directory: Path) -> None:
+    """Remove what only an interrupted refinement needs, a half-written file too."""
+    for path in (directory / STATE, (directory / STATE).with_suffix(".tmp")):
+        path.unlink(missing_ok=True)
 
 
 def _free(device: str) -> None:
@@ -161,24 +167,13 @@ def _quantized(
     """The quantized model, ready to be trained, its factors, and their modules, by the name of a
     linear or of a norm's weight in the checkpoint."""
     model = CausalLM.open(model_dir)
-    refs = {ref.name: ref for i in range(len(model.blocks)) for ref in model.linears(i)}
-    if (output := model.head()) is not None:
-        refs[output.name] = output
-    if head:
-        model.untie_head()
-    replaced = replaced_tensors(directory)
-    keys: dict[str, Any] = {}
-    for name, tensor, scheme in iterate_quantized(directory):
-        ref = refs[name]
-        bias = None
-        if ref.module.bias is not None:
-            bias = replaced.get(f"{name}.bias")
-            bias = model.checkpoint.tensor(f"{name}.bias") if bias is None else bias
-        keys[name] = ScaledLinear(
-            tensor.to(device), scheme.input_activations, bias, dtype, refinement.scale_dtype
-        )
-        model.replace_linear(ref, keys[name])
-    whole = model.load_full(dtype, device, replaced)
+
+    def scaled(tensor: QuantizedTensor, scheme: Scheme, bias: torch.Tensor | None) -> ScaledLinear:
+        activations = scheme.input_activations
+        return ScaledLinear(tensor.to(device), activations, bias, dtype, refinement.scale_dtype)
+
+    keys: dict[str, Any] = dict(replace_linears(model, directory, scaled, untie_head=head))
+    whole = model.load_full(dtype, device, replaced_tensors(directory))
     whole.requires_grad_(False)
     if refinement.options.norms:
         for path, module in list(whole.named_modules()):

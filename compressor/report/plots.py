@@ -22,20 +22,20 @@ from compressor.report.verdict import comparable
 
 # Okabe and Ito's palette, readable with the common colour blindnesses; the marker tells them apart
 # in greyscale. The lightest (yellow) is left out.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-_INK, _GRID, _BASE, _PAPER = "#1b1f24", "#d5d9de", "#6b7280", "#ffffff"
+INK, GRID, BASE, _PAPER = "#1b1f24", "#d5d9de", "#6b7280", "#ffffff"
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "compressor",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _INK,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 
 
@@ -108,13 +108,13 @@ def _points(report: Mapping[str, Any], text: str, concurrency: int | None) -> li
 def _look(style: int) -> dict[str, Any]:
     """Colour and marker of a variant; -1 is the baseline."""
     if style < 0:
-        return {"color": _BASE, "marker": "*", "markersize": 11}
+        return {"color": BASE, "marker": "*", "markersize": 11}
     marker = _MARKERS[style % len(_MARKERS)]
-    return {"color": _COLOURS[style % len(_COLOURS)], "marker": marker, "markersize": 8}
+    return {"color": COLOURS[style % len(COLOURS)], "marker": marker, "markersize": 8}
 
 
 def _draw(axes: Axes, points: list[_Point]) -> None:
-    axes.axhline(0, color=_BASE, linewidth=0.8, zorder=1)
+    axes.axhline(0, color=BASE, linewidth=0.8, zorder=1)
     for point in points:
         x_error = y_error = None
         if point.x_bounds:
@@ -134,7 +134,7 @@ def _draw(axes: Axes, points: list[_Point]) -> None:
             zorder=3,
             **_look(point.style),
         )
-    axes.grid(True, color=_GRID, linewidth=0.6, zorder=0)
+    axes.grid(True, color=GRID, linewidth=0.6, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(length=0)
     axes.margins(x=0.12, y=0.12)
@@ -200,7 +200,7 @@ def quality_cost_plot(report: Mapping[str, Any]) -> Plot | None:
             if value is None:
                 axes.set_xlabel("size on disk [MB]")
             else:
-                axes.set_title(f"concurrency {value}", fontsize=10, loc="left", color=_INK)
+                axes.set_title(f"concurrency {value}", fontsize=10, loc="left", color=INK)
                 axes.set_xlabel(f"cost [{figures.currency(report)} per million output tokens]")
             if index % columns == 0:
                 axes.set_ylabel("perplexity change [%]")
@@ -240,10 +240,10 @@ def inline_svg(svg: str, description: str) -> str:
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     body = f'{head} role="img" aria-label="{description}">{rest}'
     for colour, name in (
-        (_INK, "--ink"),
-        (_GRID, "--line"),
-        (_BASE, "--muted"),
-        (_COLOURS[0].lower(), "--accent"),
+        (INK, "--ink"),
+        (GRID, "--line"),
+        (BASE, "--muted"),
+        (COLOURS[0].lower(), "--accent"),
         (_PAPER, "--paper"),
     ):
         body = body.replace(colour, f"var({name})")

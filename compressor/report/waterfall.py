@@ -14,10 +14,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from compressor.report import figures
-from compressor.report.plots import STYLE, Plot, render
+from compressor.report.plots import BASE, COLOURS, GRID, INK, STYLE, Plot, render
 
-# Those of `plots`, which a page replaces by its theme's.
-_GAIN, _LOSS, _MUTED, _INK, _GRID = "#0072B2", "#D55E00", "#6b7280", "#1b1f24", "#d5d9de"
+_GAIN, _LOSS = COLOURS[:2]
 _TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 _WIDTH = 0.6
 
@@ -49,8 +48,8 @@ def waterfall_plot(report: Mapping[str, Any]) -> Plot | None:
             [
                 Patch(color=_GAIN),
                 Patch(color=_LOSS),
-                Patch(facecolor="none", edgecolor=_MUTED, linestyle="--"),
-                Line2D([], [], color=_INK, linewidth=1.4),
+                Patch(facecolor="none", edgecolor=BASE, linestyle="--"),
+                Line2D([], [], color=INK, linewidth=1.4),
             ],
             ["gain", "loss", "claimed for the step", "95% interval of its gain"],
             loc="outside upper left",
@@ -86,8 +85,8 @@ def _heights(steps: Sequence[Mapping[str, Any]]) -> list[float]:
 
 def _draw(axes: Axes, steps: Sequence[Mapping[str, Any]]) -> None:
     axes.set_yscale("log")
-    axes.axhline(1, color=_MUTED, linewidth=0.8, zorder=1)
-    axes.plot([-_WIDTH / 2, _WIDTH / 2], [1, 1], color=_MUTED, linewidth=4, zorder=3)
+    axes.axhline(1, color=BASE, linewidth=0.8, zorder=1)
+    axes.plot([-_WIDTH / 2, _WIDTH / 2], [1, 1], color=BASE, linewidth=4, zorder=3)
     rate = figures.number(steps[0]["throughput_tok_s"]["value"])
     _write(axes, 0, 1.0, f"{rate} tok/s")
     before = 1.0
@@ -97,7 +96,7 @@ def _draw(axes: Axes, steps: Sequence[Mapping[str, Any]]) -> None:
         colour = _GAIN if level >= before else _LOSS
         axes.bar(place, high - low, _WIDTH, bottom=low, color=colour, zorder=3)
         start = place - _WIDTH / 2
-        axes.plot([start - 1 + _WIDTH, start], [before, before], color=_MUTED, lw=0.8, zorder=2)
+        axes.plot([start - 1 + _WIDTH, start], [before, before], color=BASE, lw=0.8, zorder=2)
         if ends := _ends(before, step["claim"]):
             axes.bar(
                 place,
@@ -105,15 +104,13 @@ def _draw(axes: Axes, steps: Sequence[Mapping[str, Any]]) -> None:
                 _WIDTH + 0.2,
                 bottom=ends[0],
                 facecolor="none",
-                edgecolor=_MUTED,
+                edgecolor=BASE,
                 linestyle="--",
                 zorder=4,
             )
         if ends := _ends(before, step["step_gain"]):
             errors = [[max(0.0, level - ends[0])], [max(0.0, ends[1] - level)]]
-            axes.errorbar(
-                place, level, yerr=errors, color=_INK, elinewidth=1.4, capsize=3, zorder=5
-            )
+            axes.errorbar(place, level, yerr=errors, color=INK, elinewidth=1.4, capsize=3, zorder=5)
             high = max(high, ends[1])
         _write(axes, place, high, f"{figures.number(step['step_gain']['value'])}×")
         before = level
@@ -122,7 +119,7 @@ def _draw(axes: Axes, steps: Sequence[Mapping[str, Any]]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     names = [step["name"].replace("$", r"\$") for step in steps]
     axes.set_xticks(range(len(steps)), names, rotation=20, ha="right", fontsize=9)
-    axes.grid(True, axis="y", color=_GRID, linewidth=0.6, zorder=0)
+    axes.grid(True, axis="y", color=GRID, linewidth=0.6, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(length=0)
 
