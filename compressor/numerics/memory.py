@@ -53,6 +53,9 @@ def release_freed_pages() -> None:
 def free_bytes(device: Any = "cpu") -> int:
     """Memory that a device still has, in bytes.
 
+    Of a GPU what this process can still allocate, within
+    ``torch.cuda.set_per_process_memory_fraction``.
+
     Of the CPU what this process can get without pushing anything out to swap: the system's, or its
     control group's if that has less (cgroup v2, kernel documentation "Control Group v2").
 
@@ -62,7 +65,10 @@ def free_bytes(device: Any = "cpu") -> int:
     if str(device).startswith("cuda"):
         import torch  # the plan asks for the CPU's, and does without torch
 
-        return torch.cuda.mem_get_info(device)[0]
+        free, total = torch.cuda.mem_get_info(device)
+        used, taken = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return max(min(free + taken, allowed) - used, 0)
     free = psutil.virtual_memory().available
     try:
         limit = (CONTROL_GROUP / "memory.max").read_text().strip()

@@ -115,9 +115,9 @@ def quantize_model(
 
     Returns:
         seconds, tokens, coverage (parameters quantized, linears skipped and why), resumed_at, the
-        output layer's name where it was quantized, activations ("memory" or "disk", where they
-        were kept), batch_size (in the end), and of a refinement of the whole model what it found
-        (refined).
+        output layer's name where it was quantized, activations ("device", "memory" or "disk",
+        where they were kept), batch_size (in the end), and of a refinement of the whole model what
+        it found (refined).
 
     Raises:
         RunError: no linear is left to quantize, a layer's weights cannot take the scheme, there is
@@ -185,7 +185,7 @@ def quantize_model(
         "seconds": time.perf_counter() - started,
         "tokens": int(tokens.size) if tokens is not None and walk.uses_tokens else 0,
         "calibration_dtype": str(dtype).removeprefix("torch.") if walk.uses_tokens else None,
-        "activations": ("disk" if stream.on_disk else "memory") if walk.follows_tokens else None,
+        "activations": stream.kept_on if walk.follows_tokens else None,
         "batch_size": stream.batch if walk.follows_tokens else None,
         "resumed_at_block": first,
         "scheme": algorithm.scheme.to_dict(),
@@ -364,7 +364,7 @@ class _Walk:
         if stream.lowered or not self.one_pass:
             note += f", out of memory: batches of {stream.batch}"
             note += "" if self.one_pass else ", one pass per group"
-        return f"{note}, activations on disk" if stream.on_disk else note
+        return f"{note}, activations on disk" if stream.kept_on == "disk" else note
 
     @contextlib.contextmanager
     def _watching(self, cache: CacheObserver, index: int, wanted: bool = True) -> Iterator[None]:
@@ -467,7 +467,7 @@ class _Walk:
         def run(number: int) -> None:
             out = stream.run(index, hidden[left[number]])
             if not self.block_refinements:
-                hidden[left[number]] = out.cpu()
+                hidden[left[number]] = out
             del left[number]
 
         with contextlib.suppress(torch.cuda.OutOfMemoryError):

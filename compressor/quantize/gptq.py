@@ -18,6 +18,7 @@ from pydantic import Field
 from compressor.numerics import grid
 from compressor.numerics.quantized import CODE_DTYPE, QuantizedTensor
 from compressor.numerics.scheme import Scheme
+from compressor.quantize.columns import round_columns
 from compressor.quantize.registry import SchemeOptions, WeightResult, register, relative_error
 from compressor.quantize.rtn import RTN
 
@@ -175,33 +176,45 @@ class GPTQ:
             block = left[start:stop].clone()
             errors = torch.empty_like(block)
             local = factor[start:stop, start:stop]
-            for i in range(stop - start):
+            i = 0
+            while i < stop - start:
                 column = start + i
-                group = column // width
-                if fixed and order is not None:
-                    group = int(order[column]) // width
-                elif not fixed and column % width == 0:
-                    # The group's grid comes from its weights as they stand now, those beyond this
-                    # block (which have not had this block's updates yet) brought up to date first.
-                    ahead = left[column : column + width].clone()
-                    inside = min(column + width, stop) - column
-                    ahead[:inside] = block[i : i + inside]
-                    if inside < width and i:
-                        ahead[inside:] -= factor[start:column, stop : column + width].T @ errors[:i]
-                    members = torch.arange(column, column + width, device=weight.device)
-                    members = members if order is None else order[members]
-                    one, one_zero = self._fit(ahead.T.contiguous(), hessian[members][:, members])
-                    scale[:, group] = one[:, 0]
-                    if zero is not None and one_zero is not None:
-                        zero[:, group] = one_zero[:, 0].float()
-                step = scale[:, group]
-                offset = None if zero is None else zero[:, group]
-                code = grid.round_to_grid(block[i], step, offset, scheme)
-                codes[column] = code
-                value = (code if offset is None else code - offset) * step
-                errors[i] = (block[i] - value) / local[i, i]
-                if i + 1 < stop - start:
-                    block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
+                if fixed:
+                    end = stop - start
+                    index = torch.zeros(end, dtype=torch.int64, device=weight.device)
+                    if groups > 1:
+                        assert order is not None
+                        index = order[start:stop] // width
+                    steps = scale.T[index]
+                    offsets = None if zero is None else zero.T[index]
+                else:
+                    group = column // width
+                    end = min((group + 1) * width, stop) - start
+                    if column % width == 0:
+                        # The group's grid comes from its weights as they stand now, those beyond
+                        # this block (which have not had this block's updates yet) brought up to
+                        # date first.
+                        ahead = left[column : column + width].clone()
+                        inside = min(column + width, stop) - column
+                        ahead[:inside] = block[i : i + inside]
+                        if inside < width and i:
+                            ahead[inside:] -= (
+                                factor[start:column, stop : column + width].T @ errors[:i]
+                            )
+                        members = torch.arange(column, column + width, device=weight.device)
+                        members = members if order is None else order[members]
+                        one, one_zero = self._fit(
+                            ahead.T.contiguous(), hessian[members][:, members]
+                        )
+                        scale[:, group] = one[:, 0]
+                        if zero is not None and one_zero is not None:
+                            zero[:, group] = one_zero[:, 0].float()
+                    steps = scale[:, group].contiguous().expand(stop - start, rows)
+                    offsets = None if zero is None else zero[:, group].contiguous().expand_as(steps)
+                round_columns(
+                    block, local, steps, offsets, scheme, range(i, end), codes[start:stop], errors
+                )
+                i = end
             left[start:stop] = block
             if stop < columns:
                 left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
@@ -213,9 +226,9 @@ class GPTQ:
             result, was = result[:, unsorted], was[:, unsorted]
             if not fixed:
                 g_idx = (unsorted // width).to(torch.int32)
-        offsets = None if zero is None else zero.to(torch.int8)
         result = result.contiguous().to(kept)
-        tensor = QuantizedTensor(result, scale, offsets, g_idx, scheme)
+        zero_point = None if zero is None else zero.to(torch.int8)
+        tensor = QuantizedTensor(result, scale, zero_point, g_idx, scheme)
         return tensor, was.contiguous()
 
     def _fit(

@@ -11,6 +11,7 @@ from compressor.numerics.kernels import rounded as round_inputs
 from compressor.numerics.scheme import ActivationScheme
 
 _LEAF = 256
+_LEAF_GPU = 2048  # below, a product is too small to fill one
 _ROWS_PER_UPDATE = 64
 _MAX_ROWS = 1024
 
@@ -194,7 +195,7 @@ def _add_upper(into: torch.Tensor, x: torch.Tensor) -> None:
     """into += x^T x on the upper triangle's blocks: halves on the diagonal recurse, the half
     beside them is one product, and the half below is never computed (a rank-n BLAS SYRK)."""
     width = x.shape[1]
-    if width <= _LEAF:
+    if width <= (_LEAF_GPU if x.is_cuda else _LEAF):
         _add(into, x, x)
         return
     half = width // 2

@@ -25,7 +25,7 @@ from compressor.models.architecture import BlockInputs, CausalLM, LinearRef
 from compressor.models.checkpoint import read_file
 from compressor.models.experts import UnfusedExperts
 from compressor.numerics.quantized import QuantizedTensor
-from compressor.quantize.activations import allocate, fits_memory
+from compressor.quantize.activations import Place, allocate, kept_on
 from compressor.quantize.codes import save_synced
 from compressor.quantize.statistics import InputStatistics
 
@@ -60,7 +60,7 @@ class Stream:
         # tokens, and what the original ones do (only followed where something asks for it).
         self.hidden: torch.Tensor | None = None
         self.original: torch.Tensor | None = None
-        self.on_disk = False  # both, for lack of memory
+        self.kept_on: Place = "memory"
         self.ids = torch.empty(0)  # int64 [samples, length]
         self.inputs: dict[int, BlockInputs] = {}  # by number of samples in a batch
         self.batch = 1
@@ -89,15 +89,23 @@ class Stream:
             }
             head = self.inputs[self.batch].hidden
             size = samples * head[0].numel() * head.itemsize
-            self.on_disk = not fits_memory(2 * size if self.follows_original else size)
-            room = functools.partial(allocate, directory=self.directory if self.on_disk else None)
+            size *= 1 + self.follows_original
+            self.kept_on = kept_on(size, self.device)
+            room = functools.partial(
+                allocate,
+                directory=self.directory if self.kept_on == "disk" else None,
+                device=self.device if self.kept_on == "device" else "cpu",
+            )
             if first:
-                saved = read_file(self.directory / RESUME, room)
+                read = functools.partial(room, device="cpu")
+                saved = read_file(self.directory / RESUME, read)
+                if self.kept_on == "device":
+                    saved = {name: tensor.to(self.device) for name, tensor in saved.items()}
                 self.hidden, self.original = saved["hidden"], saved.get("original")
             else:
                 self.hidden = room((samples, *head.shape[1:]), head.dtype)
                 for part in self.parts():
-                    self.hidden[part] = self.model.embed(ids[part]).hidden.to(self.dtype).cpu()
+                    self.hidden[part] = self.model.embed(ids[part]).hidden.to(self.dtype)
                 if self.follows_original:
                     self.original = room(self.hidden.shape, head.dtype).copy_(self.hidden)
         self.model.unload_outside()
@@ -256,7 +264,7 @@ class Stream:
             left = self.parts() if parts is None else self.split(parts)
             while left:
                 with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                    activations[left[0]] = self.run(index, activations[left[0]]).cpu()
+                    activations[left[0]] = self.run(index, activations[left[0]])
                     left.pop(0)
                     continue
                 self.lower_batch()

@@ -117,5 +117,5 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_share_of_the_free_memory_is_used() -> None:
-    assert activations.fits_memory(1000)
-    assert not activations.fits_memory(1 << 60)
+    assert activations.kept_on(1000, "cpu") == "memory"
+    assert activations.kept_on(1 << 60, "cpu") == "disk"

@@ -1,0 +1,261 @@
+"""Quantizing on a GPU: its ceilings, the GPTQ kernel against its loop, and an 8B model in full.
+
+    python benchmarks/gpu.py --output reports/gpu [--only device kernels quantize]
+        [--layers 32] [--model DIRECTORY]
+
+``quantize`` writes a model with the shapes of Llama-3.1-8B and random weights (what it takes does
+not depend on their values) and quantizes it to W4A16 by GPTQ on 128 x 2048 tokens, within
+``--gigabytes`` of the device's memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from compressor.models.architecture import CausalLM
+from compressor.numerics.scheme import Scheme
+from compressor.quantize.columns import round_columns
+from compressor.quantize.columns_triton import round_columns_triton
+from compressor.quantize.driver import quantize_model
+from compressor.quantize.gptq import GPTQ, GPTQOptions, inverse_factor
+
+SAMPLES, LENGTH = 128, 2048
+
+
+def seconds(work: Callable[[], Any], repeats: int = 10) -> float:
+    """Median time of one call [s], by CUDA events, after a warm-up."""
+    from triton.testing import do_bench
+
+    return do_bench(work, warmup=50, rep=20 * repeats, return_mode="median") / 1e3
+
+
+def device() -> dict[str, Any]:
+    """What the device can do at best."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    single = a.float()
+    source = torch.empty(4 << 30, device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return {
+        "name": torch.cuda.get_device_name(),
+        "memory_bytes": torch.cuda.get_device_properties(0).total_memory,
+        "copy_bytes_per_s": 2 * source.numel() / seconds(lambda: target.copy_(source)),
+        "bfloat16_flops": 2 * 8192**3 / seconds(lambda: a @ b),
+        "float32_flops": 2 * 8192**3 / seconds(lambda: single @ single),
+    }
+
+
+def kernels() -> list[dict[str, Any]]:
+    """The kernel against the loop: time of one block of columns, and against float64 what the
+    weights it makes lose."""
+    rows = []
+    for name, symmetric, out in (
+        ("W4A16", True, 4096),
+        ("W4A16", False, 4096),
+        ("W4A16", True, 28672),
+    ):
+        scheme = Scheme.parse(name, -1, symmetric).weights
+        torch.manual_seed(0)
+        width = 128
+        x = torch.randn(2048, width, device="cuda") @ torch.randn(width, width, device="cuda")
+        hessian = 2 / len(x) * x.T @ x
+        factor, _ = inverse_factor(hessian, 0.01)
+        block = torch.randn(width, out, device="cuda")
+        scale = (block.abs().amax(0) / 7.5).expand(width, out)
+        zero = None if symmetric else torch.zeros(1, out, device="cuda").expand(width, out)
+        found: dict[str, Any] = {
+            "scheme": name,
+            "symmetric": symmetric,
+            "out": out,
+            "columns": width,
+        }
+        codes_of = {}
+        for label, function, on, dtype in (
+            ("kernel", round_columns_triton, "cuda", torch.float32),
+            ("loop", _loop, "cuda", torch.float32),
+            ("reference", _loop, "cpu", torch.float64),
+        ):
+            inputs = [t if t is None else t.to(on, dtype) for t in (block, factor, scale, zero)]
+            codes = torch.empty(width, out, dtype=torch.int8, device=on)
+            errors = torch.empty(width, out, dtype=dtype, device=on)
+
+            work = functools.partial(_round, function, inputs, scheme, codes, errors)
+            work()
+            codes_of[label] = codes.cpu()
+            lost = (codes.double() - (0 if zero is None else zero.to(on).double())) * scale.to(
+                on
+            ) - block.to(on)
+            exact = hessian.double().to(on)
+            found[f"{label}_output_error"] = float(
+                ((exact @ lost.double()) * lost).sum()
+                / ((exact @ block.to(on).double()) * block.to(on)).sum()
+            )
+            if on == "cuda":
+                found[f"{label}_s"] = seconds(work)
+        for label in ("kernel", "loop"):
+            same = codes_of[label] == codes_of["reference"]
+            found[f"{label}_same_codes"] = float(same.float().mean())
+        rows.append(found)
+    return rows
+
+
+def _round(function: Any, inputs: Any, scheme: Any, codes: Any, errors: Any) -> None:
+    block, factor, scale, zero = inputs
+    columns = range(len(block))
+    function(block.clone(), factor, scale, zero, scheme, columns, codes, errors)
+
+
+def _loop(*args: Any) -> None:
+    from unittest.mock import patch
+
+    with patch("compressor.quantize.columns.has_triton", lambda: False):
+        round_columns(*args)
+
+
+def build(directory: Path, layers: int) -> int:
+    """A model with the shapes of Llama-3.1-8B; returns its bytes."""
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    hidden, intermediate, vocabulary = 4096, 14336, 128256
+    LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=32, num_key_value_heads=8, vocab_size=vocabulary, head_dim=128,
+        max_position_embeddings=8192, rope_theta=500000.0, rms_norm_eps=1e-5,
+        tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+        bos_token_id=1, eos_token_id=2,
+    ).save_pretrained(directory)  # fmt: skip
+    torch.manual_seed(0)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) / columns**0.5
+
+    index: dict[str, str] = {}
+    total = 0
+
+    def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        nonlocal total
+        save_file({k: v.cpu() for k, v in tensors.items()}, directory / name, {"format": "pt"})
+        index.update(dict.fromkeys(tensors, name))
+        total += sum(v.nbytes for v in tensors.values())
+
+    head = matrix(vocabulary, hidden)
+    head[49152:] = 0  # a tokenizer of fewer tokens can be laid beside: those beyond it never win
+    ends = {
+        "model.embed_tokens.weight": matrix(vocabulary, hidden),
+        "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+        "lm_head.weight": head,
+    }
+    save("model-ends.safetensors", ends)
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        block = {
+            f"{p}self_attn.q_proj.weight": matrix(hidden, hidden),
+            f"{p}self_attn.k_proj.weight": matrix(1024, hidden),
+            f"{p}self_attn.v_proj.weight": matrix(1024, hidden),
+            f"{p}self_attn.o_proj.weight": matrix(hidden, hidden),
+            f"{p}mlp.gate_proj.weight": matrix(intermediate, hidden),
+            f"{p}mlp.up_proj.weight": matrix(intermediate, hidden),
+            f"{p}mlp.down_proj.weight": matrix(hidden, intermediate),
+        }
+        for norm in ("input", "post_attention"):
+            block[f"{p}{norm}_layernorm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        save(f"model-{i:05d}.safetensors", block)
+    content = {"metadata": {"total_size": total}, "weight_map": index}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(content))
+    return total
+
+
+def quantize(model: Path, gigabytes: float) -> dict[str, Any]:
+    """GPTQ on the whole model, within some gigabytes of the device."""
+    output = model.with_name("quantized")
+    shutil.rmtree(output, ignore_errors=True)
+    tokens = np.random.default_rng(0).integers(0, 49152, (SAMPLES, LENGTH)).astype(np.int32)
+    options = {"scheme": "W4A16", "group_size": 128, "observer": "output", "desc_act": True}
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / total)
+    marks = [time.perf_counter()]
+
+    def advance(note: str) -> None:
+        marks.append(time.perf_counter())
+        print(f"{marks[-1] - marks[-2]:6.2f} s  {note}", flush=True)
+
+    try:
+        facts = quantize_model(
+            CausalLM.open(model), GPTQ(GPTQOptions(**options), torch.bfloat16), output,
+            tokens=tokens, batch_size=8, dtype=torch.bfloat16, device="cuda", advance=advance,
+        )  # fmt: skip
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    steps = np.diff(marks)
+    free, whole = torch.cuda.mem_get_info()
+    return {
+        "options": options,
+        "calibration_tokens": SAMPLES * LENGTH,
+        "seconds": facts["seconds"],
+        "first_block_s": float(steps[0]),
+        "median_block_s": float(np.median(steps)),
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        "limit_bytes": int(gigabytes * 1e9),
+        "device_used_bytes": whole - free,
+        "activations": facts["activations"],
+        "batch_size": facts["batch_size"],
+        "parameters": facts["coverage"]["quantized_parameters"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", default=["device", "kernels", "quantize"])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--gigabytes", type=float, default=12.0)
+    parser.add_argument("--model", type=Path, help="keep the 8B model here, or take it from here")
+    args = parser.parse_args()
+    facts: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": f"python benchmarks/gpu.py --only {' '.join(args.only)} --layers {args.layers}",
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        model = args.model or Path(scratch) / "model"
+        for name in args.only:
+            started = time.perf_counter()
+            try:
+                if name == "quantize":
+                    if not (model / "model.safetensors.index.json").exists():
+                        model.mkdir(parents=True, exist_ok=True)
+                        facts["model_bytes"] = build(model, args.layers)
+                        facts["build_s"] = time.perf_counter() - started
+                    facts[name] = quantize(model, args.gigabytes)
+                else:
+                    facts[name] = {"device": device, "kernels": kernels}[name]()
+            except Exception:
+                facts[name] = {"failed": traceback.format_exc()}
+                print(facts[name]["failed"], flush=True)
+            facts.setdefault("seconds", {})[name] = time.perf_counter() - started
+            (args.output / "gpu.json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The inner loop of GPTQ: columns of one block rounded one after the other.
+
+`round_columns` is a loop of tensor operations. On a GPU each of those is a launch of a few
+microseconds, seven a column, for some nanoseconds of work; there the whole loop is one kernel
+(`columns_triton.py`), with the same result up to the rounding of fused multiply-adds.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+from compressor.numerics import grid
+from compressor.numerics.scheme import WeightScheme
+
+
+def round_columns(
+    block: torch.Tensor,
+    factor: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    scheme: WeightScheme,
+    columns: range,
+    codes: torch.Tensor,
+    errors: torch.Tensor,
+) -> None:
+    """Round ``columns`` of a block, taking each one's error from all columns behind it.
+
+    Args:
+        block: float32 [in, out], a row for each column of the weight, changed in place: what is
+            rounded stays as it was just before.
+        factor: float32 [in, in], the block's part of the Cholesky factor (`gptq.inverse_factor`).
+        scale: float32 [in, out] of each column; may be expanded.
+        zero: the same of its zero point, None where the scheme is symmetric.
+        scheme: the grid.
+        columns: which, consecutive.
+        codes: gets the codes, int8 or float32 [in, out].
+        errors: float32 [in, out], gets (weight - rounded) / factor[i, i].
+    """
+    if block.is_cuda and scheme.type == "int" and has_triton():
+        from compressor.quantize.columns_triton import round_columns_triton
+
+        round_columns_triton(block, factor, scale, zero, scheme, columns, codes, errors)
+        return
+    for i in columns:
+        step, offset = scale[i], None if zero is None else zero[i]
+        code = grid.round_to_grid(block[i], step, offset, scheme)
+        codes[i] = code
+        value = (code if offset is None else code - offset) * step
+        errors[i] = (block[i] - value) / factor[i, i]
+        if i + 1 < len(block):
+            block[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
