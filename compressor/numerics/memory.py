@@ -65,6 +65,8 @@ def free_bytes(device: Any = "cpu") -> int:
     if str(device).startswith("cuda"):
         import torch  # the plan asks for the CPU's, and does without torch
 
+        index = torch.device(device).index
+        device = torch.cuda.current_device() if index is None else index
         free, total = torch.cuda.mem_get_info(device)
         used, taken = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
         allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
