@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -147,9 +148,12 @@ def build(directory: Path, layers: int) -> int:
     index: dict[str, str] = {}
     total = 0
 
+    pool = ThreadPoolExecutor(8)
+
     def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
         nonlocal total
-        save_file({k: v.cpu() for k, v in tensors.items()}, directory / name, {"format": "pt"})
+        copied = {k: v.cpu() for k, v in tensors.items()}
+        pool.submit(save_file, copied, directory / name, {"format": "pt"})
         index.update(dict.fromkeys(tensors, name))
         total += sum(v.nbytes for v in tensors.values())
 
@@ -175,6 +179,7 @@ def build(directory: Path, layers: int) -> int:
         for norm in ("input", "post_attention"):
             block[f"{p}{norm}_layernorm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
         save(f"model-{i:05d}.safetensors", block)
+    pool.shutdown()
     content = {"metadata": {"total_size": total}, "weight_map": index}
     (directory / "model.safetensors.index.json").write_text(json.dumps(content))
     return total
