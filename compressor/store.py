@@ -20,7 +20,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,12 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def file_sha256s(paths: Sequence[Path]) -> list[str]:
+    """`file_sha256` of several files, side by side."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(file_sha256, paths))
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write ``text`` so that ``path`` holds either the old or the new content, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,13 +84,15 @@ class StoredStage:
 
     def verify(self) -> None:
         """Compare every file with the manifest; raise `RunError` naming the first that differs."""
-        for entry in self.manifest["files"]:
-            path = self.path / entry["path"]
+        paths = [self.path / entry["path"] for entry in self.manifest["files"]]
+        there = [path for path in paths if path.is_file()]
+        found = dict(zip(there, file_sha256s(there), strict=True))
+        for entry, path in zip(self.manifest["files"], paths, strict=True):
             if not path.is_file():
                 problem = "is missing"
             elif path.stat().st_size != entry["size_bytes"]:
                 problem = f"has {path.stat().st_size} bytes, {entry['size_bytes']} were written"
-            elif file_sha256(path) != entry["sha256"]:
+            elif found[path] != entry["sha256"]:
                 problem = "does not have the SHA-256 that was recorded when it was written"
             else:
                 continue
@@ -152,14 +161,14 @@ class Store:
 
     def publish(self, key: str, working: Path, manifest: Mapping[str, Any]) -> StoredStage:
         """Sync ``working`` to disk with its manifest and rename it into place."""
+        paths = sorted(p for p in working.rglob("*") if p.is_file() and p.name != MANIFEST)
         files = [
             {
                 "path": path.relative_to(working).as_posix(),
                 "size_bytes": path.stat().st_size,
-                "sha256": file_sha256(path),
+                "sha256": digest,
             }
-            for path in sorted(working.rglob("*"))
-            if path.is_file() and path.name != MANIFEST
+            for path, digest in zip(paths, file_sha256s(paths), strict=True)
         ]
         whole = {**manifest, "key": key, "files": files, "finished": time.time()}
         (working / MANIFEST).write_text(json.dumps(whole, indent=1), encoding="utf-8")

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from compressor.store import file_sha256
+from compressor.store import file_sha256s
 
 MAX_SHARD_BYTES = 5_000_000_000
 SUMS = "SHA256SUMS"
@@ -43,7 +43,8 @@ def complete(model_dir: Path, provenance: dict[str, Any], directory: Path) -> No
 def write_sums(directory: Path) -> None:
     """``SHA256SUMS`` in the format of sha256sum(1), over every other file."""
     files = sorted(p for p in directory.iterdir() if p.is_file() and p.name != SUMS)
-    lines = [f"{file_sha256(path)}  {path.name}\n" for path in files]
+    hashes = file_sha256s(files)
+    lines = [f"{one}  {path.name}\n" for one, path in zip(hashes, files, strict=True)]
     (directory / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
