@@ -381,10 +381,11 @@ def evaluate(context: Context) -> dict[str, Any]:
     """Score the baseline, or a variant against the baseline's stored scores."""
     import numpy as np
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     from compressor.evaluate.divergence import Scores, score_baseline, score_variant, summarise
     from compressor.models.architecture import CausalLM
+    from compressor.models.checkpoint import save_whole
     from compressor.models.head import split
 
     texts, baseline = context.need("texts"), context.find("evaluate")
@@ -402,7 +403,7 @@ def evaluate(context: Context) -> dict[str, Any]:
             batch = context.config["batch_size"]
             if baseline is None:
                 scores, hidden = score_baseline(model, windows, batch, task.advance)
-                save_file({"hidden": hidden}, context.directory / f"{name}.hidden.safetensors")
+                save_whole({"hidden": hidden}, context.directory / f"{name}.hidden.safetensors")
                 reference = scores
             else:
                 hidden = load_file(baseline.path / f"{name}.hidden.safetensors")["hidden"]

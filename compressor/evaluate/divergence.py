@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from compressor.models.checkpoint import save_whole
 from compressor.models.head import CausalModel, Head, last_hidden, split
 
 TOKENS_PER_STEP = 256
@@ -47,7 +48,7 @@ class Scores:
         arrays = {"nll": self.nll, "top1": self.top1}
         if self.kl is not None:
             arrays["kl"] = self.kl
-        save_file({k: torch.from_numpy(v.copy()) for k, v in arrays.items()}, path)
+        save_whole({k: torch.from_numpy(v.copy()) for k, v in arrays.items()}, path)
 
     @classmethod
     def load(cls, path: Path) -> Scores:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from compressor.errors import RunError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+UNFINISHED = "unfinished"  # directory beside the files that are being written
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -181,6 +183,34 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     return entries
 
 
+def save_whole(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file that is whole and synced before it gets its name.
+
+    safetensors writes to a file of a random name beside it, which after a kill nobody would know
+    to remove. Here that lies in a directory of a fixed name, which the next call removes, as does
+    `drop_unfinished`. The file may be read by whoever may read its directory's others.
+    """
+    drop_unfinished(path.parent)
+    scratch = path.parent / UNFINISHED
+    scratch.mkdir()
+    try:
+        temporary = scratch / path.name
+        save_file(tensors, temporary, metadata=metadata)
+        temporary.chmod(scratch.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        drop_unfinished(path.parent)
+
+
+def drop_unfinished(directory: Path) -> None:
+    """Remove what a killed `save_whole` left in a directory."""
+    shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
+
+
 class TensorWriter:
     """Writes tensors as they come, with one shard in memory; equal input gives equal bytes.
 
@@ -228,7 +258,7 @@ class TensorWriter:
         return self.directory / f"part-{i:05d}.tmp"
 
     def _flush(self) -> None:
-        save_file(self._shard, self._part(len(self._written)), metadata={"format": "pt"})
+        save_whole(self._shard, self._part(len(self._written)), {"format": "pt"})
         self._written.append(sorted(self._shard))
         self._shard = {}
         self._bytes = 0

@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from compressor.models.architecture import CausalLM
+from compressor.models.checkpoint import save_whole
 from compressor.models.kv_cache import KEY, VALUE
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import Scheme
@@ -173,12 +174,8 @@ def drop_from(directory: Path, block: int) -> None:
 
 
 def save_synced(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    temporary = path.with_suffix(".tmp")
     # Neither tensors nor metadata, and an empty mapping: safetensors writes what it cannot read.
-    save_file(tensors, temporary, metadata=metadata or None)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    save_whole(tensors, path, metadata or None)
 
 
 def append_synced(path: Path, lines: list[str]) -> None:

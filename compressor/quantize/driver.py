@@ -26,6 +26,7 @@ import torch
 
 from compressor.errors import RunError
 from compressor.models.architecture import CausalLM, LinearRef
+from compressor.models.checkpoint import drop_unfinished
 from compressor.models.kv_cache import CacheObserver, check_attention, no_cache
 from compressor.numerics.memory import (
     WAITING_SHARE,
@@ -250,6 +251,7 @@ class _Walk:
     def resume_point(self) -> int:
         """First block that has still to be done, after dropping whatever lies beyond it; the output
         layer counts as one more block."""
+        drop_unfinished(self.directory)
         done = 0
         while self._file(done).exists():
             done += 1

@@ -79,6 +79,8 @@ class Stream:
         ``others``: sizes of batches that blocks are run on besides."""
         samples = len(tokens)
         self.batch = divisor(samples, batch_size)
+        if first and (saved_batch := int(self._metadata().get("batch", self.batch))) < self.batch:
+            self.batch, self.lowered = divisor(samples, saved_batch), True
         sizes = {divisor(samples, size) for size in others}
         ids = self.ids = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
         with torch.no_grad():
@@ -112,11 +114,16 @@ class Stream:
 
     def saved_block(self) -> int:
         """The block whose input was saved last; 0 for none."""
+        return int(self._metadata().get("block", 0))
+
+    def _metadata(self) -> dict[str, str]:
+        """What was saved with the activations: the block, and the batch that memory had room for;
+        empty when none were."""
         path = self.directory / RESUME
         if not path.exists():
-            return 0
+            return {}
         with safe_open(path, "pt") as file:
-            return int(file.metadata()["block"])
+            return dict(file.metadata())
 
     def checkpoint(self, index: int) -> None:
         """Now and then, save what the next block needs."""
@@ -125,7 +132,8 @@ class Stream:
         tensors = {"hidden": self.hidden}
         if self.original is not None:
             tensors["original"] = self.original
-        save_synced(tensors, self.directory / RESUME, {"block": str(index + 1)})
+        metadata = {"block": str(index + 1), "batch": str(self.batch)}
+        save_synced(tensors, self.directory / RESUME, metadata)
         self.saved = time.monotonic()
 
     def parts(self, samples: int | None = None) -> list[slice]:

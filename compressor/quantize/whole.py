@@ -68,7 +68,7 @@ def refine_whole(
         RunError: the device's memory does not hold the model.
     """
     if (directory / REFINED).exists():
-        _forget_state(directory)
+        (directory / STATE).unlink(missing_ok=True)
         with safe_open(directory / REFINED, "pt") as file:
             facts: dict[str, Any] = json.loads(file.metadata()["facts"])
         for _ in range(refinement.options.steps):
@@ -132,14 +132,8 @@ def refine_whole(
         else:
             changed[f"{key}.replaced"] = module.stored_weight().detach().cpu()
     save_synced(changed if facts["kept"] else {}, directory / REFINED, {"facts": json.dumps(facts)})
-    _forget_state(directory)
+    (directory / STATE).unlink(missing_ok=True)
     return facts
-
-
-def _forget_state(directory: Path) -> None:
-    """Remove what only an interrupted refinement needs, a half-written file too."""
-    for path in (directory / STATE, (directory / STATE).with_suffix(".tmp")):
-        path.unlink(missing_ok=True)
 
 
 def _free(device: str) -> None:

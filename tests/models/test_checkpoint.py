@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from compressor.errors import RunError
-from compressor.models.checkpoint import INDEX, Checkpoint, TensorWriter
+from compressor.models.checkpoint import (
+    INDEX,
+    UNFINISHED,
+    Checkpoint,
+    TensorWriter,
+    drop_unfinished,
+    save_whole,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int32, torch.int64]
 
@@ -74,6 +82,35 @@ def test_shards_keep_to_the_limit_and_the_index_is_right(
         for name, file in index["weight_map"].items():
             assert torch.equal(load_file(directory / file)[name], values[name])
         assert set(index["weight_map"]) == set(values)
+
+
+def test_what_a_kill_left_goes_with_the_next_file(tmp_path: Path) -> None:
+    for last in (lambda: save_whole({"a": torch.ones(3)}, tmp_path / "a.safetensors"),
+                 lambda: drop_unfinished(tmp_path)):  # fmt: skip
+        (tmp_path / UNFINISHED).mkdir()
+        (tmp_path / UNFINISHED / ".tmpAbCdEf").write_bytes(b"half")
+        last()
+        assert os.listdir(tmp_path) == ["a.safetensors"]
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], torch.ones(3))
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    save_whole({"a": torch.ones(3)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="contiguous"):
+        save_whole({"a": torch.ones(3, 4).T}, tmp_path / "a.safetensors")
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], torch.ones(3))
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_weights_may_be_read_by_whoever_may_read_other_files(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        write(tmp_path, tensors(), 200)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert len(modes) > 2 and set(modes.values()) == {0o666 & ~mask}
 
 
 def test_equal_tensors_give_equal_bytes(tmp_path: Path) -> None:

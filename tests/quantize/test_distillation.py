@@ -16,6 +16,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from compressor.errors import RunError
 from compressor.export import compressed_tensors
 from compressor.models.architecture import CausalLM
+from compressor.models.checkpoint import UNFINISHED
 from compressor.numerics.linear import QuantizedLinear
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import Scheme
@@ -274,7 +275,8 @@ def test_what_a_kill_left_beside_the_finished_file_goes(tmp_path: Path) -> None:
     tiny.build("llama", tmp_path / "model")
     quantize(tmp_path / "model", tmp_path / "out", steps=2)
     names = sorted(os.listdir(tmp_path / "out"))
-    for name in (whole.STATE, "refining.tmp"):
+    (tmp_path / "out" / UNFINISHED).mkdir()
+    for name in (whole.STATE, f"{UNFINISHED}/.tmpAbCdEf"):
         (tmp_path / "out" / name).write_bytes(b"half")
     quantize(tmp_path / "model", tmp_path / "out", steps=2)
     assert sorted(os.listdir(tmp_path / "out")) == names

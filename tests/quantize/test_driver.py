@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from compressor.errors import RunError
 from compressor.models.architecture import CausalLM
 from compressor.models.folding import find_producers
 from compressor.numerics.scheme import KV_CACHE
+from compressor.quantize import codes as codes_of_blocks
 from compressor.quantize import driver, registry, stream
 from compressor.quantize.codes import (
     iterate_quantized,
@@ -369,6 +373,60 @@ def test_a_walk_cut_short_goes_on_to_the_same_bytes(
     assert {p.name for p in (tmp_path / "parts").iterdir()} == {
         p.name for p in (tmp_path / "whole").iterdir()
     }
+
+
+def die_while_writing(root: Path, out: str, name: str, time: int) -> None:
+    """Quantize, and have the kernel kill this process halfway through the given file, written for
+    the given time."""
+    stream.CHECKPOINT_SECONDS = 0.0
+    original, seen = codes_of_blocks.save_synced, 0
+
+    def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        nonlocal seen
+        seen += path.name == name
+        if path.name == name and seen == time:
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+        original(tensors, path, metadata)
+
+    driver.save_synced = stream.save_synced = save  # type: ignore[attr-defined]
+    driver.quantize_model(
+        CausalLM.open(root / "model"), algorithm(), root / out, tokens=TOKENS, batch_size=4
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "time", "resumed_at"),
+    [("block-00001.safetensors", 1, 1), (stream.RESUME, 2, 1), (stream.RESUME, 3, 3)],
+    ids=["block", "activations", "after the last block"],
+)
+def test_a_kill_in_the_middle_of_a_file_leaves_nothing_behind(
+    tmp_path: Path, name: str, time: int, resumed_at: int
+) -> None:
+    """Nothing that would be published with the result: safetensors writes to files of random
+    names."""
+    tiny.build("llama", tmp_path / "model", layers=3)
+    child = multiprocessing.get_context("spawn").Process(
+        target=die_while_writing, args=(tmp_path, "parts", name, time)
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGXFSZ
+    facts: dict[str, Any] = {}
+    for out in ("parts", "whole"):
+        facts[out] = driver.quantize_model(
+            CausalLM.open(tmp_path / "model"), algorithm(), tmp_path / out, tokens=TOKENS,
+            batch_size=4,
+        )  # fmt: skip
+    assert facts["parts"]["resumed_at_block"] == resumed_at
+    names = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*"))
+    assert sorted(p.relative_to(tmp_path / "parts") for p in (tmp_path / "parts").rglob("*")) == (
+        names
+    )
+    for one in names:
+        assert (tmp_path / "parts" / one).read_bytes() == (tmp_path / "whole" / one).read_bytes()
 
 
 def test_nothing_left_to_quantize_is_an_error(tmp_path: Path) -> None:

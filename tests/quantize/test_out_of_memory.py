@@ -11,7 +11,7 @@ import torch
 
 from compressor.errors import RunError
 from compressor.models.architecture import CausalLM
-from compressor.quantize import codes, driver, registry
+from compressor.quantize import codes, driver, registry, stream
 from tests import tiny
 
 TOKENS = np.random.default_rng(0).integers(4, 300, (12, 16)).astype(np.int32)
@@ -93,6 +93,37 @@ def test_the_batch_is_halved_and_the_walk_goes_on(
     if arch == "llama":
         layers = codes.read_layers(tmp_path / "lowered")
         assert {layer["tokens"] for layer in layers} == {TOKENS.size}
+
+
+def test_a_resumed_walk_keeps_to_the_smaller_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums in another order are other bytes; the device may have more memory by now."""
+    tiny.build("llama", tmp_path / "model", layers=4)
+    monkeypatch.setattr(stream, "CHECKPOINT_SECONDS", 0.0)
+
+    class Cut(Exception):
+        pass
+
+    def cut(note: str) -> None:
+        if note.startswith("block 1"):
+            raise Cut
+
+    for out in ("whole", "parts"):
+        model = CausalLM.open(tmp_path / "model")
+        limit(model, "mlp.down_proj", 2)
+        if out == "whole":
+            quantize(tmp_path, out, model, 4)
+        else:
+            with pytest.raises(Cut):
+                quantize(tmp_path, out, model, 4, advance=cut)
+    notes: list[str] = []
+    model = CausalLM.open(tmp_path / "model")
+    facts, _ = quantize(tmp_path, "parts", model, 4, advance=notes.append)
+    assert (facts["resumed_at_block"], facts["batch_size"]) == (2, 2)
+    assert "out of memory: batches of 2" in notes[-1]
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes(), path.name
 
 
 def test_bfloat16_and_refined_blocks_go_on_too(tmp_path: Path) -> None:
