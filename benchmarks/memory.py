@@ -1,6 +1,7 @@
 """Peak memory and resume of quantizing a model that is larger than memory would need to be.
 
-    python benchmarks/memory.py --output reports/memory [--gigabytes 6] [--samples 8] [--keep DIR]
+    python benchmarks/memory.py --output reports/memory [--gigabytes 6] [--samples 8] [--together]
+        [--keep DIR]
 
 Writes a Llama-layout checkpoint of random bfloat16 weights shard by shard, quantizes it with GPTQ
 in a child process whose resident memory is watched from outside, kills that once in the middle, and
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,8 @@ HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 2048, 5632, 16, 32000
 SHARD_BYTES = 1_000_000_000
 
 
-def build(directory: Path, gigabytes: float) -> int:
-    """Write the checkpoint; returns its bytes."""
+def build(directory: Path, gigabytes: float) -> tuple[int, int]:
+    """Write the checkpoint; returns its bytes and its blocks."""
     per_block = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE)
     layers = int(gigabytes * 1e9 / per_block) + 1
     config = LlamaConfig(
@@ -72,7 +74,7 @@ def build(directory: Path, gigabytes: float) -> int:
             writer.add(f"{prefix}.{name}_layernorm.weight", ones)
     writer.add("model.norm.weight", torch.ones(HIDDEN, dtype=torch.bfloat16))
     writer.close()
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors")), layers
 
 
 def quantize(model_dir: Path, output: Path, samples: int) -> None:
@@ -86,10 +88,11 @@ def quantize(model_dir: Path, output: Path, samples: int) -> None:
     quantize_model(CausalLM.open(model_dir), algorithm, output, tokens=tokens, batch_size=1)
 
 
-def watch(command: list[str], kill_when: Path | None = None) -> tuple[int, float]:
+def watch(command: list[str], threads: int, kill_when: Path | None = None) -> tuple[int, float]:
     """Run the child; its peak resident bytes and seconds. Kills it once ``kill_when`` exists."""
     started, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(command, env=os.environ | variables)
     child = psutil.Process(process.pid)
     while process.poll() is None:
         try:
@@ -160,6 +163,11 @@ def main() -> None:
         "--keep", type=Path, help="where the two results go if they differ (default: OUTPUT)"
     )
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="both runs at once, on half of the cores each: quicker, but the times say little",
+    )
     args = parser.parse_args()
     if args.child:
         return quantize(*args.child, args.samples)
@@ -171,17 +179,22 @@ def main() -> None:
 
 
 def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
-    size = build(scratch / "model", args.gigabytes)
+    size, blocks = build(scratch / "model", args.gigabytes)
     base = [sys.executable, __file__, "--output", "-", "--samples", str(args.samples), "--child"]
+    threads = max((os.cpu_count() or 1) // (2 if args.together else 1), 1)
 
-    def command(name: str) -> list[str]:
-        return [*base, str(scratch / "model"), str(scratch / name)]
+    def run(name: str, kill_when: Path | None = None) -> tuple[int, float]:
+        command = [*base, str(scratch / "model"), str(scratch / name)]
+        return watch(command, threads, kill_when)
 
-    peak, seconds = watch(command("whole"))
-    blocks = len(list((scratch / "whole").glob("block-*.safetensors")))
-    middle = scratch / "killed" / f"block-{blocks // 2:05d}.safetensors"
-    killed_peak, _ = watch(command("killed"), kill_when=middle)
-    resumed_peak, resumed_seconds = watch(command("killed"))
+    def killed() -> tuple[int, float, int, float]:
+        middle = scratch / "killed" / f"block-{blocks // 2:05d}.safetensors"
+        return *run("killed", middle), *run("killed")
+
+    with ThreadPoolExecutor(2 if args.together else 1) as pool:
+        whole, other = pool.submit(run, "whole"), pool.submit(killed)
+        peak, seconds = whole.result()
+        killed_peak, _, resumed_peak, resumed_seconds = other.result()
     different = differing(scratch / "whole", scratch / "killed")
     if different:
         keep = args.keep or args.output
@@ -191,9 +204,9 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": f"python benchmarks/memory.py --gigabytes {args.gigabytes} "
-        f"--samples {args.samples}",
+        f"--samples {args.samples}{' --together' if args.together else ''}",
         "machine": f"{os.cpu_count()} cores, no GPU",
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "torch": torch.__version__,
         "model_bytes": size,
         "blocks": blocks,
