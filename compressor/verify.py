@@ -578,6 +578,18 @@ def _check_prices(run: _Run, check: Check) -> None:
         check.expect(record.LEDGER, key, row, price_rows().get(row["id"]))
 
 
+def _check_device(run: _Run, check: Check) -> None:
+    """Bandwidth and peaks follow from what was read of the device, or are its data sheet's."""
+    from compressor.measure.devices import Device
+
+    device = run.ledger.get("device") if run.ledger is not None else None
+    if device is None:
+        check.note = "no device was recorded"
+        return
+    made = Device.from_dict(device).again().to_dict()
+    check.expect(record.LEDGER, "device", device, made)
+
+
 def _check_performance(run: _Run, check: Check) -> None:
     """Latency, throughput and cost follow from the raw samples and the prices."""
     if run.ledger is None:
@@ -636,6 +648,7 @@ _CHECKS: tuple[tuple[tuple[str, str], Callable[[_Run, Check], None]], ...] = (
     (("raw samples", "requests and hashes"), _check_samples),
     (("load and sizes", "settings"), _check_load),
     (("prices", "values"), _check_prices),
+    (("device", "values"), _check_device),
     (("performance figures recomputed", "figures"), _check_performance),
     (("report rebuilt", "values"), _check_report),
     (("report drawn again", "files"), _check_rendered),

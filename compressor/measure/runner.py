@@ -128,6 +128,7 @@ def measure(
     progress: ProgressReporter | None = None,
     *,
     artifact_bytes: Mapping[str, int] | None = None,
+    basis: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure the variants; the first one is the baseline.
 
@@ -137,6 +138,8 @@ def measure(
         workload: prompts that all of them get.
         out_dir: gets ``samples/<variant>.jsonl.gz``, ``prompts.jsonl.gz`` and ``ledger.json``.
         artifact_bytes: size on disk by variant, for the storage line [bytes].
+        basis: what estimates of these points can be made from: ``device``
+            (`devices.Device.to_dict`) and ``dimensions`` of the model; kept as they are.
 
     Returns the JSON-ready content of ``ledger.json``: ``baseline``, ``performance`` {variant: [row
     per point]}, ``techniques`` (where a waterfall is declared: `techniques.gains`), ``workload``,
@@ -146,7 +149,8 @@ def measure(
     scenarios, sensitivity, ... at one point}, ``engines`` {variant: facts},
     ``samples`` {variant: path, sha256, requests}, ``loads`` (what each load took: generator's
     share of a CPU, lateness, energy), ``probes`` {variant: what was tried}, ``errors`` {variant:
-    message of those that failed}, ``artifact_bytes``, ``seconds``, ``notes``.
+    message of those that failed}, ``artifact_bytes``, ``device`` and ``dimensions`` (None where
+    not known), ``seconds``, ``notes``.
 
     Raises RunError when the baseline fails, RecipeError when the prices cannot be used.
     """
@@ -236,6 +240,9 @@ def measure(
         "probes": {name: probe.to_dict() for name, probe in fleet.probes.items()},
         "errors": fleet.errors,
         "artifact_bytes": sizes,
+        "device": None,
+        "dimensions": None,
+        **(basis or {}),
         "seconds": time.perf_counter() - began,
         "notes": _notes(settings, fleet),
     }

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from compressor.errors import RunError
 from compressor.measure import scenarios
+from compressor.report.estimate import report_estimates
 from compressor.report.model import SCHEMA_VERSION, ReportModel
 from compressor.report.verdict import (
     QUALITY_LIMIT,
@@ -122,6 +123,8 @@ def build_report(
     }
     report = validate_report(report)
     _fill_break_even(report)
+    if measured:
+        report["estimates"] = report_estimates(report, measured)
     report["verdict"] = make_verdict(report, quality_limit)
     return validate_report(report)
 
