@@ -496,20 +496,25 @@ def _impossible(sample: Any, variant: str, prompts: Sequence[Sequence[int]]) -> 
         yield f"{sample.output_tokens} tokens, but {len(sample.token_times_s)} token times"
     if sample.variant != variant:
         yield f"belongs to variant {sample.variant!r}"
-    point = Point(sample.concurrency, sample.rate_per_s).name
-    if not sample.request_id.startswith(f"{variant}/{point}/r{sample.round}/"):
-        yield f"load {point}, round {sample.round} contradict its id"
+    point = Point(sample.concurrency, sample.rate_per_s, sample.part)
+    if not sample.request_id.startswith(f"{variant}/{point.name}/r{sample.round}/"):
+        yield f"load {point.name}, round {sample.round} contradict its id"
     if not 0 <= sample.prompt < len(prompts):
         yield f"prompt {sample.prompt} does not exist"
-    elif sample.prompt_tokens != len(prompts[sample.prompt]):
-        yield f"{sample.prompt_tokens} prompt tokens, its prompt has {len(prompts[sample.prompt])}"
+        return
+    length = point.prompt_length(len(prompts[sample.prompt]))
+    if sample.prompt_tokens != length:
+        yield f"{sample.prompt_tokens} prompt tokens, its prompt has {length}"
 
 
 def _other_length(sample: Any, lengths: Sequence[int], settings: Any) -> Iterator[str]:
     """What in a sample contradicts the answer's length that follows from the recipe."""
+    from compressor.measure.settings import Point
+
     if not 0 <= sample.prompt < len(lengths):
         return
-    length = lengths[sample.prompt]
+    point = Point(sample.concurrency, sample.rate_per_s, sample.part)
+    length = point.output_lengths(lengths)[sample.prompt]
     if sample.asked_tokens != length:
         yield f"{sample.asked_tokens} tokens were asked for, its prompt's length is {length}"
     whole = settings.ignore_eos and settings.engine != "endpoint" and not sample.error

@@ -34,7 +34,8 @@ RECIPE: dict[str, Any] = {
     },
     "measure": {
         "workload": {
-            "input_length": 8, "output_length": 4, "concurrency": [1, 2], "requests": 4, "rounds": 2
+            "input_length": 24, "output_length": 4, "concurrency": [1, 2], "requests": 4,
+            "rounds": 2, "split": True,
         },
         "dtype": "float32",
         "prices": {"host_usd_per_hour": 0.01, "storage_usd_per_gb_month": 0.1},
@@ -309,6 +310,38 @@ def test_every_measured_point_is_reported_beside_its_estimate(run: Path) -> None
     assert made["rows"][0]["tpot_ms_error"] * made["rows"][1]["tpot_ms_error"] <= 0
     shown = (run / "report" / "report.md").read_text()
     assert "## Estimates beside the measurement" in shown and made["device"]["command"] in shown
+
+
+def test_input_and_output_tokens_cost_apart(run: Path) -> None:
+    report = json.loads((run / "report" / "report.json").read_text())
+    ledger = json.loads((run / "ledger.json").read_text())
+    assert list(ledger["workload"]["requests"]) == [
+        "c1", "c1-prefill", "c1-decode", "c2", "c2-prefill", "c2-decode",
+    ]  # fmt: skip
+    for variant in report["variants"]:
+        assert [row["concurrency"] for row in variant["split"]] == [1, 2]
+        assert variant["split"] == ledger["split"][variant["name"]]
+        assert all(point["requests"] == 4 for point in variant["performance"])
+        for row in variant["split"]:
+            tokens = {
+                part: (group["input_tokens"] / 4, group["output_tokens"] / 4)
+                for part, group in row["groups"].items()
+            }
+            assert tokens == {"load": (24, 4), "prefill": (24, 1), "decode": (16, 4)}
+    shown = (run / "report" / "report.md").read_text()
+    assert "## Input and output tokens apart" in shown
+
+
+def test_a_sample_moved_to_another_part_is_named(run: Path) -> None:
+    rows = read_samples(run / SAMPLES)
+    place = next(i for i, row in enumerate(rows) if row.part == "decode")
+    rows[place] = dataclasses.replace(rows[place], part="")
+    rehash_samples(run, write_samples(run / SAMPLES, rows))
+    failures = named(run)
+    assert "contradict its id" in failures[SAMPLES, rows[place].request_id] or (
+        "16 prompt tokens" in failures[SAMPLES, rows[place].request_id]
+    )
+    assert any(key.startswith("split") for file, key in failures if file == "ledger.json")
 
 
 def test_estimates_of_another_model_are_calibrated_on_a_run(run: Path) -> None:

@@ -86,6 +86,7 @@ def build_report(
         for row in rows:
             row["serving"] = copy.deepcopy(measured.get("serving", {}).get(row["name"]))
             row["performance"] = copy.deepcopy(measured["performance"].get(row["name"], []))
+            row["split"] = copy.deepcopy(measured.get("split", {}).get(row["name"], []))
         all_notes += measured["notes"]
         all_notes += [
             f"{name} could not be measured: {message}"

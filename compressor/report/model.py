@@ -225,6 +225,42 @@ class Performance(Strict):
     energy: Energy | None = None
 
 
+class SplitGroup(Strict):
+    """Tokens and the device's seconds of the load, or of one of its parts."""
+
+    input_tokens: int
+    output_tokens: int
+    seconds: float
+    requests: int
+
+
+class Split(Strict):
+    """What input and output tokens cost apart at one concurrency.
+
+    Solved from the load's requests, its prompts alone (prefill) and short prompts with whole
+    answers (decode). `residual_share`: what the two rates leave unexplained of the measured
+    seconds; `worst_residual_share` of the worst group. The blended costs are of the load's mean
+    request.
+    """
+
+    concurrency: int
+    input_usd_per_mtok: Interval
+    output_usd_per_mtok: Interval
+    seconds_per_input_token: float
+    seconds_per_output_token: float
+    residual_seconds: float
+    residual_share: float
+    worst_residual_share: float
+    points: int
+    mix_input_tokens: float
+    mix_output_tokens: float
+    blended_usd_per_mtok_output: float
+    blended_usd_per_mtok_all: float
+    currency: str
+    formula: str
+    groups: dict[str, SplitGroup]
+
+
 class Serving(Strict):
     """How a variant was served: of transformers `batching`, of servers `flags` and `variables`."""
 
@@ -398,6 +434,7 @@ class Variant(Strict):
     quality: list[Quality] = []
     serving: Serving | None = None
     performance: list[Performance] = []
+    split: list[Split] = []
     break_even: BreakEven | None = None
     artifacts: list[Artifact] = []
 
