@@ -342,8 +342,14 @@ def verify(
 def estimate(
     model: Annotated[str, typer.Argument(help="Hub id, directory, .gguf file.")],
     device: Annotated[
-        str, typer.Option("--device", help="h100, a100, ..., or cpu: this machine's, measured now.")
-    ] = "cpu",
+        str | None,
+        typer.Option(
+            "--device",
+            help="h100, a100, ..., or cpu or gpu: this machine's, measured now. Default: the one "
+            "of --run, else cpu.",
+            show_default=False,
+        ),
+    ] = None,
     scheme: Annotated[
         str, typer.Option("--scheme", help="W4A16, W8A8, FP8, ..., or bf16, fp16, fp32.")
     ] = "bf16",
@@ -378,8 +384,11 @@ def estimate(
     from compressor.measure.devices import find_device
     from compressor.measure.prices import price_rows, resolve_prices
     from compressor.models.dimensions import read_dimensions
+    from compressor.report.estimate import compare_run, comparison_table, estimate_table, facts
 
-    found = find_device(device)
+    given = find_device(device) if device else None
+    compared = compare_run(run_dir, given) if run_dir is not None else None
+    found = compared.device if compared else given or find_device("cpu")
     parsed, dtype = roofline.parse_scheme(scheme, group_size)
     if kv not in (None, "fp8", "int8"):
         raise RecipeError(f"no cache of {kv!r}", where="--kv", fix="use fp8 or int8")
@@ -390,13 +399,12 @@ def estimate(
     prices = None
     if usd_per_hour is not None or found.price in price_rows():
         asked = {"device": found.price or found.id, "usd_per_hour": usd_per_hour}
-        prices = resolve_prices(asked, cpu_count=os.cpu_count() if device == "cpu" else None)
+        prices = resolve_prices(asked, cpu_count=os.cpu_count() if found.id == "cpu" else None)
     spoken = (
         roofline.Speculation(acceptance_length, draft_tokens, draft_cost)
         if acceptance_length is not None
         else None
     )
-    compared = roofline.compare(run_dir, found) if run_dir is not None else None
     dims = read_dimensions(model, revision=revision)
     stored = dims.dtype if dims.dtype in ("float16", "bfloat16") else "bfloat16"
     made = roofline.estimate(
@@ -413,8 +421,6 @@ def estimate(
         made["comparison"] = compared.to_dict() if compared else None
         typer.echo(json.dumps(made, indent=1))
         return
-    from compressor.report.estimate import comparison_table, estimate_table, facts
-
     console = Console()
     console.print(estimate_table(made))
     for line in facts(made):

@@ -671,6 +671,8 @@ class _Speed:
             workload.requests / c * sum(bounds) / len(bounds) * step * (1 + c / 16)
             for c in workload.concurrency
         )
+        if workload.split:  # the answers once more, and prompts alone
+            per_variant *= 2.1
         per_variant += sum(workload.requests / rate for rate in workload.rate_per_s)
         memory = self.BASE_MEMORY + variants * 3 * self.facts.parameters
         return Estimate(10 * variants + per_variant * variants, memory, 10_000_000)

@@ -441,6 +441,11 @@ class Workload(_Section):
     requests: int = Field(16, ge=1, description="Requests per point and variant, over all rounds.")
     rounds: int = Field(4, ge=2, description="How often the variants take turns.")
     seed: int = Field(0, ge=0, description="Seed of the choice of prompts.")
+    split: bool = Field(
+        False,
+        description="Say what input and output tokens cost apart: beside each point of the closed "
+        "loop, serve the prompts with one output token each, and whole answers to short prompts.",
+    )
     slo: SLO = Field(
         default_factory=lambda: SLO.model_validate({}), description="Service level objective."
     )
@@ -723,6 +728,18 @@ class Recipe(_Section):
                 "no_load",
                 "give points to measure at, such as [1, 4]",
                 {"loc": ("measure", "workload", "concurrency")},
+            )
+        if self.measure.workload.split and not self.measure.workload.concurrency:
+            raise PydanticCustomError(
+                "split",
+                "it needs points of a closed loop: give `concurrency`, such as [4]",
+                {"loc": ("measure", "workload", "split")},
+            )
+        if self.measure.workload.split and engine == "endpoint":
+            raise PydanticCustomError(
+                "split",
+                "an endpoint's list prices are of input and output tokens already: remove it",
+                {"loc": ("measure", "workload", "split")},
             )
         if (self.measure.engine == "endpoint") != bool(self.measure.endpoints):
             raise PydanticCustomError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -474,7 +474,21 @@ def measure(context: Context) -> dict[str, Any]:
         context.directory,
         context.progress,
         artifact_bytes={name: size for name, size in sizes.items() if name in variants},
+        basis=_estimates_basis(context) if settings.engine != "endpoint" else None,
     )
+
+
+def _estimates_basis(context: Context) -> dict[str, Any]:
+    """The machine and the model in figures, from which the report estimates what it measured."""
+    from compressor.measure.devices import this_device
+    from compressor.models.dimensions import read_dimensions
+
+    try:
+        found = read_dimensions(str(context.baseline_dir))
+    except RunError:  # measured all the same, but without estimates beside it
+        return {}
+    dims = replace(found, name=context.need("load").result["source"])
+    return {"device": this_device().to_dict(), "dimensions": dims.to_dict()}
 
 
 def _loader(directory: Path, fmt: str) -> Callable[[Any], nn.Module]:

@@ -496,20 +496,25 @@ def _impossible(sample: Any, variant: str, prompts: Sequence[Sequence[int]]) -> 
         yield f"{sample.output_tokens} tokens, but {len(sample.token_times_s)} token times"
     if sample.variant != variant:
         yield f"belongs to variant {sample.variant!r}"
-    point = Point(sample.concurrency, sample.rate_per_s).name
-    if not sample.request_id.startswith(f"{variant}/{point}/r{sample.round}/"):
-        yield f"load {point}, round {sample.round} contradict its id"
+    point = Point(sample.concurrency, sample.rate_per_s, sample.part)
+    if not sample.request_id.startswith(f"{variant}/{point.name}/r{sample.round}/"):
+        yield f"load {point.name}, round {sample.round} contradict its id"
     if not 0 <= sample.prompt < len(prompts):
         yield f"prompt {sample.prompt} does not exist"
-    elif sample.prompt_tokens != len(prompts[sample.prompt]):
-        yield f"{sample.prompt_tokens} prompt tokens, its prompt has {len(prompts[sample.prompt])}"
+        return
+    length = point.prompt_length(len(prompts[sample.prompt]))
+    if sample.prompt_tokens != length:
+        yield f"{sample.prompt_tokens} prompt tokens, its prompt has {length}"
 
 
 def _other_length(sample: Any, lengths: Sequence[int], settings: Any) -> Iterator[str]:
     """What in a sample contradicts the answer's length that follows from the recipe."""
+    from compressor.measure.settings import Point
+
     if not 0 <= sample.prompt < len(lengths):
         return
-    length = lengths[sample.prompt]
+    point = Point(sample.concurrency, sample.rate_per_s, sample.part)
+    length = point.output_lengths(lengths)[sample.prompt]
     if sample.asked_tokens != length:
         yield f"{sample.asked_tokens} tokens were asked for, its prompt's length is {length}"
     whole = settings.ignore_eos and settings.engine != "endpoint" and not sample.error
@@ -578,6 +583,18 @@ def _check_prices(run: _Run, check: Check) -> None:
         check.expect(record.LEDGER, key, row, price_rows().get(row["id"]))
 
 
+def _check_device(run: _Run, check: Check) -> None:
+    """Bandwidth and peaks follow from what was read of the device, or are its data sheet's."""
+    from compressor.measure.devices import Device
+
+    device = run.ledger.get("device") if run.ledger is not None else None
+    if device is None:
+        check.note = "no device was recorded"
+        return
+    made = Device.from_dict(device).again().to_dict()
+    check.expect(record.LEDGER, "device", device, made)
+
+
 def _check_performance(run: _Run, check: Check) -> None:
     """Latency, throughput and cost follow from the raw samples and the prices."""
     if run.ledger is None:
@@ -636,6 +653,7 @@ _CHECKS: tuple[tuple[tuple[str, str], Callable[[_Run, Check], None]], ...] = (
     (("raw samples", "requests and hashes"), _check_samples),
     (("load and sizes", "settings"), _check_load),
     (("prices", "values"), _check_prices),
+    (("device", "values"), _check_device),
     (("performance figures recomputed", "figures"), _check_performance),
     (("report rebuilt", "values"), _check_report),
     (("report drawn again", "files"), _check_rendered),

@@ -228,6 +228,17 @@ def test_an_algorithm_may_be_named_alone(tmp_path: Path) -> None:
             "the lowest length comes first",
         ),
         (GOOD + "measure: {workload: {output_length_range: [8]}}\n", 8, "at least 2 items"),
+        (
+            GOOD + "measure: {workload: {split: true, concurrency: [], rate_per_s: [1]}}\n",
+            8,
+            "it needs points of a closed loop",
+        ),
+        (
+            GOOD + "measure:\n  engine: endpoint\n  endpoints: {baseline: {url: x, model: m}}\n"
+            "  workload: {split: true}\n",
+            11,
+            "list prices are of input and output tokens already",
+        ),
     ],
 )
 def test_a_fault_is_named_with_its_line(tmp_path: Path, text: str, line: int, words: str) -> None:

@@ -34,7 +34,8 @@ RECIPE: dict[str, Any] = {
     },
     "measure": {
         "workload": {
-            "input_length": 8, "output_length": 4, "concurrency": [1, 2], "requests": 4, "rounds": 2
+            "input_length": 24, "output_length": 4, "concurrency": [1, 2], "requests": 4,
+            "rounds": 2, "split": True,
         },
         "dtype": "float32",
         "prices": {"host_usd_per_hour": 0.01, "storage_usd_per_gb_month": 0.1},
@@ -290,29 +291,88 @@ def test_mangled_files_are_failures_and_no_traceback(run: Path) -> None:
     assert "ledger.json: cannot be checked" in done.stderr
 
 
-def test_estimates_are_calibrated_on_the_baseline_and_compared_with_every_point(run: Path) -> None:
-    done = compress("estimate", "artifacts/baseline/compressed-tensors", "--run", ".", "--json",
-                    cwd=run)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    made = json.loads(done.stdout)
-    rows = made["comparison"]["rows"]
-    variants = ("baseline", "int8", "int4-rtn")
-    assert [(r["variant"], r["concurrency"]) for r in rows] == [
-        (name, size) for name in variants for size in (1, 2)
-    ]
-    reached = made["comparison"]["efficiency"]
-    assert 0 < reached["decode"] < 1 and made["efficiency"] == reached
+def test_every_measured_point_is_reported_beside_its_estimate(run: Path) -> None:
     report = json.loads((run / "report" / "report.json").read_text())
-    for row in rows:
+    made, ledger = report["estimates"], json.loads((run / "ledger.json").read_text())
+    assert made["device"] == ledger["device"] and made["device"]["command"].endswith("devices cpu")
+    assert [(r["variant"], r["concurrency"]) for r in made["rows"]] == [
+        (name, size) for name in ("baseline", "int8", "int4-rtn") for size in (1, 2)
+    ]
+    reached = made["efficiency"]
+    assert 0 < reached["decode"] < 1
+    for row in made["rows"]:
         (variant,) = [v for v in report["variants"] if v["name"] == row["variant"]]
         (point,) = [p for p in variant["performance"] if p["concurrency"] == row["concurrency"]]
         assert row["measured_tpot_ms"] == point["tpot_ms"]["p50"]
         assert row["predicted_tpot_ms"] == pytest.approx(row["bound_tpot_ms"] / reached["decode"])
         assert row["tpot_ms_error"] == row["predicted_tpot_ms"] / row["measured_tpot_ms"] - 1
     # The efficiency is the median over the baseline's two points: it lies between them.
-    assert rows[0]["tpot_ms_error"] * rows[1]["tpot_ms_error"] <= 0
-    done = compress("estimate", "artifacts/baseline/compressed-tensors", "--run", ".", cwd=run)
+    assert made["rows"][0]["tpot_ms_error"] * made["rows"][1]["tpot_ms_error"] <= 0
+    shown = (run / "report" / "report.md").read_text()
+    assert "## Estimates beside the measurement" in shown and made["device"]["command"] in shown
+
+
+def test_input_and_output_tokens_cost_apart(run: Path) -> None:
+    report = json.loads((run / "report" / "report.json").read_text())
+    ledger = json.loads((run / "ledger.json").read_text())
+    assert list(ledger["workload"]["requests"]) == [
+        "c1", "c1-prefill", "c1-decode", "c2", "c2-prefill", "c2-decode",
+    ]  # fmt: skip
+    for variant in report["variants"]:
+        assert [row["concurrency"] for row in variant["split"]] == [1, 2]
+        assert variant["split"] == ledger["split"][variant["name"]]
+        assert all(point["requests"] == 4 for point in variant["performance"])
+        for row in variant["split"]:
+            tokens = {
+                part: (group["input_tokens"] / 4, group["output_tokens"] / 4)
+                for part, group in row["groups"].items()
+            }
+            assert tokens == {"load": (24, 4), "prefill": (24, 1), "decode": (16, 4)}
+    shown = (run / "report" / "report.md").read_text()
+    assert "## Input and output tokens apart" in shown
+
+
+def test_a_sample_moved_to_another_part_is_named(run: Path) -> None:
+    rows = read_samples(run / SAMPLES)
+    place = next(i for i, row in enumerate(rows) if row.part == "decode")
+    rows[place] = dataclasses.replace(rows[place], part="")
+    rehash_samples(run, write_samples(run / SAMPLES, rows))
+    failures = named(run)
+    assert "contradict its id" in failures[SAMPLES, rows[place].request_id] or (
+        "16 prompt tokens" in failures[SAMPLES, rows[place].request_id]
+    )
+    assert any(key.startswith("split") for file, key in failures if file == "ledger.json")
+
+
+def test_estimates_of_another_model_are_calibrated_on_a_run(run: Path) -> None:
+    asked = ("estimate", "artifacts/int8/compressed-tensors", "--run", ".")
+    done = compress(*asked, "--json", cwd=run)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert made["comparison"] == report["estimates"]
+    assert made["device"] == report["estimates"]["device"]  # the run's, not measured anew
+    assert made["efficiency"] == report["estimates"]["efficiency"]
+    done = compress(*asked, "--device", "h100", cwd=run)
     assert done.returncode == 0 and "estimate against measurement" in done.stdout
+    assert "H100" in done.stdout
+    edit(run / "ledger.json", lambda ledger: ledger.update(device=None))
+    done = compress(*asked, cwd=run)
+    assert done.returncode == 1 and "does not say what it ran on" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("device.bandwidth", lambda device: device.update(bandwidth=1e12)),
+        ("device.peak.float32", lambda device: device["peak"].update(float32=1e15)),
+    ],
+)
+def test_a_device_that_was_not_measured_so_is_named(run: Path, key: str, change: Any) -> None:
+    edit(run / "ledger.json", lambda ledger: change(ledger["device"]))
+    failures = named(run)
+    assert ("ledger.json", key) in failures
+    assert any(key.startswith("estimates.") for _, key in failures)
 
 
 def test_flipped_bits_inside_compressed_files_are_failures(run: Path) -> None:

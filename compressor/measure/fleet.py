@@ -84,7 +84,8 @@ class Fleet:
 
         Every variant, the baseline first of all, is thus measured at its best: each candidate
         serves the first point of the sweep with few tokens, median of three after a warm-up. The
-        kind of cache that the baseline is fastest with is taken for all.
+        kind of cache that the baseline is fastest with is taken for all. A winner that is still up,
+        the last that was tried, is not started again.
         """
         if self.keep and self._settings.keep_loaded is None and self.metadata:
             self.keep = _free() > self._largest + _RESERVE_BYTES
@@ -97,33 +98,46 @@ class Fleet:
         rates: dict[str, float] = {}
         failed: dict[str, str] = {}
         last: Exception | None = None
-        for label, make in candidates.items() if len(candidates) > 1 else ():
-            engine = None
+        tried = candidates if len(candidates) > 1 else {}
+        for number, (label, make) in enumerate(tried.items(), 1):
+            engine, kept = None, False
             try:
                 engine = make()
-                engine.start()
+                taken = self._bring_up(engine)
                 rates[label] = self._rate(engine)
+                kept = number == len(tried) and label == _fastest(rates)
             except FAILURES as error:
                 failed[label], last = str(error), error
             finally:
-                if engine is not None:
+                if engine is not None and not kept:
                     engine.stop()
-        if len(candidates) > 1 and not rates:
+            if kept and engine is not None:  # it has won and is up: no second start
+                self._engines[name] = engine
+                self._started.add(name)
+                self._largest = max(self._largest, taken)
+        if tried and not rates:
             assert last is not None
             self.fail(name, last)
             return
-        label = max(rates, key=lambda key: rates[key]) if rates else next(iter(candidates))
+        label = _fastest(rates) if rates else next(iter(candidates))
         dtype, _, cache = label.partition("/")
         self.probes[name] = Probe(dtype, cache, rates, failed)
-        try:
-            self._engines[name] = candidates[label]()
-        except FAILURES as error:
-            self.fail(name, error)
-            return
+        if name not in self._started:
+            try:
+                self._engines[name] = candidates[label]()
+            except FAILURES as error:
+                self.fail(name, error)
+                return
         self.use(name)
 
-    def _rate(self, engine: ServedEngine) -> float:
+    def _bring_up(self, engine: ServedEngine) -> int:
+        """Start an engine and warm it up; the memory that it took [bytes]."""
+        before = _free()
+        engine.start()
         self._warm_up(engine)
+        return before - _free()
+
+    def _rate(self, engine: ServedEngine) -> float:
         length = min(_PROBE_TOKENS, self._settings.longest_output)
         rates = []
         for _ in range(3):
@@ -165,22 +179,19 @@ class Fleet:
         if name in self.errors:
             return None
         engine = self._engines[name]
-        if name not in self._started:
-            if not self.keep:
-                self.stop_all()
-            try:
-                before = _free()
-                engine.start()
-                self._started.add(name)
-                self._warm_up(engine)
-                facts = engine.metadata()
-                self.metadata.setdefault(name, facts)
+        try:
+            if name not in self._started:
+                if not self.keep:
+                    self.stop_all()
+                self._started.add(name)  # from here on it is to be stopped
+                self._largest = max(self._largest, self._bring_up(engine))
+            if name not in self.metadata:
+                self.metadata[name] = facts = engine.metadata()
                 # Loading holds the checkpoint and the converted weights.
-                taken = max(before - _free(), 2 * (facts.get("model_bytes") or 0))
-                self._largest = max(self._largest, taken)
-            except FAILURES as error:
-                self.fail(name, error)
-                return None
+                self._largest = max(self._largest, 2 * (facts.get("model_bytes") or 0))
+        except FAILURES as error:
+            self.fail(name, error)
+            return None
         return engine
 
     def check(self, name: str, result: LoadResult) -> None:
@@ -214,6 +225,10 @@ class Fleet:
         for name in self._started:
             self._engines[name].stop()
         self._started.clear()
+
+
+def _fastest(rates: Mapping[str, float]) -> str:
+    return max(rates, key=lambda label: rates[label])
 
 
 def _free() -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from compressor.errors import RecipeError
 from compressor.measure import energy, ledger, metrics, scenarios, steady, techniques
 from compressor.measure.engines.base import RequestSample
 from compressor.measure.prices import PriceScenario, price_table, with_watts
@@ -178,7 +180,8 @@ def _order(key: Key) -> tuple[bool, float]:
 def figures(
     record: Mapping[str, Any], samples: Mapping[str, Sequence[RequestSample]]
 ) -> dict[str, Any]:
-    """``performance`` and ``economics`` of a measurement, ``techniques`` of a declared waterfall.
+    """``performance`` and ``economics`` of a measurement, ``techniques`` of a declared waterfall,
+    ``split`` of measured parts.
 
     Args:
         record: content of ``ledger.json``, without these.
@@ -186,7 +189,8 @@ def figures(
 
     Returns:
         ``performance``: rows by variant, one per point of the sweep, closed loops first;
-        ``economics``: see `economics`; ``techniques``: see `techniques.gains`.
+        ``economics``: see `economics`; ``techniques``: see `techniques.gains`; ``split``: see
+        `split_costs`, by variant.
     """
     prices = PriceScenario.from_dict(record["prices"])
     seed, goal = record["workload"]["seed"], metrics.Goal(**record["workload"]["goal"])
@@ -194,11 +198,13 @@ def figures(
     for name, rows in samples.items():
         groups[name] = {}
         for sample in rows:
-            groups[name].setdefault(_key(sample), []).append(sample)
+            if not sample.part:
+                groups[name].setdefault(_key(sample), []).append(sample)
         groups[name] = dict(sorted(groups[name].items(), key=lambda item: _order(item[0])))
     loads: dict[tuple[str, Key], list[Mapping[str, Any]]] = {}
     for load in record["loads"]:
-        loads.setdefault((load["variant"], _key(load)), []).append(load)
+        if not load.get("part"):
+            loads.setdefault((load["variant"], _key(load)), []).append(load)
     first = record["baseline"]
     performance: dict[str, list[dict[str, Any]]] = {}
     costs: dict[Key, float] = {}
@@ -229,7 +235,77 @@ def figures(
         found["techniques"] = techniques.gains(
             declared, groups, baseline=first, seed=seed, goal=goal
         )
+    if any(sample.part for rows in samples.values() for sample in rows):
+        found["split"] = {
+            name: split_costs(
+                samples[name],
+                rows,
+                prices=prices,
+                artifact_bytes=record["artifact_bytes"].get(name, 0),
+                seed=seed,
+            )
+            for name, rows in performance.items()
+        }
     return found
+
+
+def split_costs(
+    samples: Sequence[RequestSample],
+    performance: Sequence[Mapping[str, Any]],
+    *,
+    prices: PriceScenario,
+    artifact_bytes: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """What input and output tokens of one variant cost apart, one row per concurrency.
+
+    A row is `scenarios.SplitCost` for the mean request of the load, its two costs with intervals
+    over rounds, with ``concurrency`` and ``groups``: the tokens and seconds by part that it was
+    solved from. Points at which they cannot be told apart, since requests failed, have no row.
+
+    Args:
+        samples: of the load and of its parts.
+        performance: the variant's rows; power is taken from them where it was measured.
+    """
+    found = []
+    for row in performance:
+        groups: dict[str, list[RequestSample]] = {}
+        for sample in samples:
+            if _key(sample) == _key(row):
+                groups.setdefault(sample.part, []).append(sample)
+        scenario = _at_measured_watts(prices, row["energy"])
+        whole = _split(list(groups.values()), scenario, artifact_bytes)
+        if whole is None:
+            continue
+        rounds = [metrics.by_round(group) for group in groups.values()]
+        turns = [
+            _split([group.get(turn, []) for group in rounds], scenario, artifact_bytes)
+            for turn in sorted({turn for group in rounds for turn in group})
+        ]
+        line: dict[str, Any] = {"concurrency": row["concurrency"], **whole.to_dict()}
+        for key in ("input_usd_per_mtok", "output_usd_per_mtok"):
+            each = [0.0 if turn is None else getattr(turn, key) for turn in turns]
+            line[key] = metrics.bootstrap_interval(line[key], each, seed=seed).to_dict()
+        line["groups"] = {
+            part or "load": asdict(scenarios.Totals.of(group)) for part, group in groups.items()
+        }
+        found.append(line)
+    return found
+
+
+def _split(
+    groups: Sequence[Sequence[RequestSample]], prices: PriceScenario, artifact_bytes: int
+) -> scenarios.SplitCost | None:
+    """The costs from requests of the load, the first group, and of its parts; None where they do
+    not tell them apart."""
+    totals = [scenarios.Totals.of(group) for group in groups]
+    if len(totals) < 2 or not all(one.requests for one in totals):
+        return None
+    mix = totals[0].input_tokens / totals[0].requests, totals[0].output_tokens / totals[0].requests
+    try:
+        return scenarios.split_input_output(totals, prices, artifact_bytes=artifact_bytes, mix=mix)
+    except RecipeError:
+        return None
 
 
 def economics(

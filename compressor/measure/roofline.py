@@ -9,12 +9,11 @@ efficiency 1 the result is a bound: no real engine is faster. ``docs/estimate.md
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from compressor.errors import RecipeError, RunError
+from compressor.errors import RecipeError
 from compressor.measure.devices import FLOATS, Device
 from compressor.measure.ledger import cost_usd_per_mtok
 from compressor.measure.prices import PriceScenario
@@ -25,6 +24,12 @@ BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "fp8": 1.0, "int8": 1.
 SCALE_BYTES = 2.0  # scales have the checkpoint's dtype
 MEMORY_SHARE = 0.9  # of the device's memory that an engine takes (vLLM's default)
 _MOST = 1 << 24
+# How engines call plain number types, and exporters the bytes that are in them.
+_PLAIN = {name: name for name in FLOATS} | {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+}
 
 
 @dataclass(frozen=True)
@@ -352,7 +357,7 @@ def estimate(
         "scheme": setup.scheme.name if setup.scheme else setup.dtype,
         "dtype": setup.dtype,
         "kv_cache": setup.kv or setup.dtype,
-        "device": {**asdict(device), "peak": dict(device.peak)},
+        "device": device.to_dict(),
         "weight_bytes": setup.weight_bytes,
         "kv_bytes_per_sequence": setup.kv_bytes(whole),
         "input_length": input_length,
@@ -401,79 +406,67 @@ class Comparison:
             ``bound_*`` with efficiency 1, ``measured_*``, and ``*_error``:
             predicted / measured - 1.
         efficiency: from the baseline's points: median of bound / measured.
-        median_error: of TPOT, over the points that the efficiency was not taken from; None where
-            there are none.
+        median_tpot_error: size of the error of TPOT, over the points that the efficiency was not
+            taken from; None where there are none.
     """
 
     device: Device
     efficiency: Efficiency
     rows: tuple[dict[str, Any], ...]
-    median_error: float | None
+    median_tpot_error: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
             "estimate": True,
-            "device": {**asdict(self.device), "peak": dict(self.device.peak)},
+            "device": self.device.to_dict(),
             "efficiency": asdict(self.efficiency),
             "rows": list(self.rows),
-            "median_tpot_error": self.median_error,
+            "median_tpot_error": self.median_tpot_error,
         }
 
 
-def compare(run_dir: Path, device: Device, dims: Dimensions | None = None) -> Comparison:
-    """Predict every measured point of a run and say how far off the predictions are.
+def compare(report: Mapping[str, Any], device: Device, dims: Dimensions) -> Comparison | None:
+    """Predict every measured point of a report and say how far off the predictions are.
 
     The efficiency is calibrated on the baseline alone, so that the other variants' errors say what
-    an estimate made before compressing would have been worth.
+    an estimate made before compressing would have been worth. Points of an open loop are left out,
+    since nobody fixed how many requests were in flight.
 
     Args:
-        run_dir: a run with a measurement.
-        device: the one it ran on.
-        dims: of the run's model; when not given, from the baseline's artifact.
+        report: content of ``report.json``.
+        device: the one that it was measured on.
+        dims: of its model.
 
-    Raises RunError when the run holds no measurement, or no artifact of the baseline is there.
+    Returns None where the baseline has no point that can be compared.
     """
-    from compressor.models.dimensions import read_dimensions
-    from compressor.report.write import read_report
-
-    report = read_report(run_dir / "report" / "report.json")
-    variants = [variant for variant in report["variants"] if variant["performance"]]
-    if not variants or not (dims or report["variants"][0]["artifacts"]):
-        raise RunError(
-            "the run holds no measured points, or no artifact of its baseline",
-            where=str(run_dir),
-            fix="give a run whose recipe has a measure section",
-        )
-    load = report["workload"]
-    if dims is None:
-        dims = read_dimensions(str(run_dir / report["variants"][0]["artifacts"][0]["path"]))
-    dims = replace(dims, name=report["model"]["source"])
-    lengths = {
-        "input_length": load["input_length"] or round(load["input_tokens"]["mean"]),
-        "output_length": round(statistics.mean(load["output_length_range"]))
-        if load.get("output_length_range")
-        else load["output_length"],
-    }
-    found = []
-    for variant in variants:
-        for row in variant["performance"]:
-            if row.get("rate_per_s") is not None:
-                continue  # nobody fixed how many were in flight
-            setup = run_setup(dims, variant, row["dtype"])
-            bound = estimate_point(setup, device, batch=row["concurrency"], **lengths)
-            found.append((variant["name"], setup, row, bound))
-    own = [(row, bound) for name, _, row, bound in found if name == report["baseline"]]
+    engine = report["workload"]["engine"] if report["workload"] else ""
+    found = [
+        (variant["name"], run_setup(dims, variant, row["dtype"], engine), row)
+        for variant in report["variants"]
+        for row in variant["performance"]
+        if row.get("rate_per_s") is None and row["tpot_ms"]["p50"] and row["ttft_ms"]["p50"]
+    ]
+    bounds = [_predict(setup, device, row) for _, setup, row in found]
+    own = [
+        (bound, row)
+        for bound, (name, _, row) in zip(bounds, found, strict=True)
+        if name == report["baseline"]
+    ]
+    if not own:
+        return None
     efficiency = Efficiency(
-        decode=_median(b["tpot_ms"] / r["tpot_ms"]["p50"] for r, b in own),
-        prefill=_median(b["ttft_ms"] / r["ttft_ms"]["p50"] for r, b in own),
+        decode=statistics.median(b["tpot_ms"] / r["tpot_ms"]["p50"] for b, r in own),
+        prefill=statistics.median(b["ttft_ms"] / r["ttft_ms"]["p50"] for b, r in own),
     )
     rows = []
-    for name, setup, row, bound in found:
-        made = estimate_point(
-            setup, device, batch=row["concurrency"], efficiency=efficiency, **lengths
-        )
-        line: dict[str, Any] = {"variant": name, "concurrency": row["concurrency"]}
+    for bound, (name, setup, row) in zip(bounds, found, strict=True):
+        made = _predict(setup, device, row, efficiency)
+        line: dict[str, Any] = {
+            "variant": name,
+            "concurrency": row["concurrency"],
+            "bound": bound["bound"],
+        }
         measured = {
             "ttft_ms": row["ttft_ms"]["p50"],
             "tpot_ms": row["tpot_ms"]["p50"],
@@ -488,16 +481,36 @@ def compare(run_dir: Path, device: Device, dims: Dimensions | None = None) -> Co
             }
         rows.append(line)
     others = [abs(row["tpot_ms_error"]) for row in rows if row["variant"] != report["baseline"]]
-    return Comparison(
-        device, efficiency, tuple(rows), statistics.median(others) if others else None
+    error = statistics.median(others) if others else None
+    return Comparison(device, efficiency, tuple(rows), error)
+
+
+def _predict(
+    setup: Setup, device: Device, row: Mapping[str, Any], efficiency: Efficiency | None = None
+) -> dict[str, Any]:
+    """`estimate_point` at a measured point, for the mean lengths of the requests answered there."""
+    answered = row["requests"] * (1 - (row["error_rate"] or 0))
+    return estimate_point(
+        setup,
+        device,
+        batch=row["concurrency"],
+        input_length=max(1, round(row["prompt_tokens"] / answered)),
+        output_length=max(2, round(row["output_tokens"] / answered)),
+        efficiency=efficiency,
     )
 
 
-def run_setup(dims: Dimensions, variant: Mapping[str, Any], dtype: str) -> Setup:
+def run_setup(dims: Dimensions, variant: Mapping[str, Any], dtype: str, engine: str = "") -> Setup:
     """How a run's variant is stored: the quantized linears' bytes as its artifact has them.
 
-    What is not quantized counts in the dtype that it was measured in.
+    Args:
+        dims: of the model.
+        variant: of the report.
+        dtype: that it was measured in, and what is not quantized counts in; where that is no plain
+            type (``Q4_0``, or unknown) it is the checkpoint's.
+        engine: that it was measured in.
     """
+    plain = _PLAIN.get(dtype) or _PLAIN.get(dims.dtype, "bfloat16")
     scheme = None
     for name in (variant["scheme"] or "").split(" ")[0].split("/"):
         try:
@@ -505,19 +518,19 @@ def run_setup(dims: Dimensions, variant: Mapping[str, Any], dtype: str) -> Setup
             break
         except ValueError:
             continue  # a library's own, such as NF4
-    artifacts = variant["artifacts"]
-    sizes = ((artifacts[0]["tensors"] or {}) if artifacts else {}).get("bytes_by_scheme", {})
-    total = float(sum(size for name, size in sizes.items() if name not in FLOATS))
+    served = [a for a in variant["artifacts"] if (a["format"] == "gguf") == (engine == "llama.cpp")]
+    sizes = ((served[0]["tensors"] or {}) if served else {}).get("bytes_by_scheme", {})
+    total = float(sum(size for name, size in sizes.items() if name not in _PLAIN))
     if not total:
-        return Setup(dims, scheme, dtype)
+        return Setup(dims, scheme, plain)
+    coverage = variant["coverage"] or {}
+    inside = coverage.get("quantized_parameters", 0) - coverage.get("head_parameters", 0)
+    left = max(0, (coverage.get("block_parameters") or inside) - inside)
+    blocks, head = total, None
     layers = (variant["quantization"] or {}).get("layers", [])
     if any(layer["name"] == "lm_head" for layer in layers):
         # The artifact's sizes do not tell the output layer apart: share by parameters.
-        blocks = sum(linear.parameters for linear in dims.linears)
-        part = total * blocks / (blocks + dims.embedding)
-        return Setup(dims, scheme, dtype, linear_bytes=part, head_bytes=total - part)
-    return Setup(dims, scheme, dtype, linear_bytes=total)
-
-
-def _median(values: Iterable[float]) -> float:
-    return statistics.median(values)
+        parameters = sum(linear.parameters for linear in dims.linears) - left
+        blocks = total * parameters / (parameters + dims.embedding)
+        head = total - blocks
+    return Setup(dims, scheme, plain, linear_bytes=blocks + left * BYTES[plain], head_bytes=head)

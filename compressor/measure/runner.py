@@ -56,8 +56,9 @@ def _load(
 ) -> LoadResult:
     """One variant at one point in one round; every variant gets the same prompts."""
     count = settings.per_round(point)
+    prompts = [tokens[: point.prompt_length(len(tokens))] for tokens in workload.tokens]
     common: dict[str, Any] = {
-        "output_lengths": settings.output_lengths(len(workload.tokens)),
+        "output_lengths": point.output_lengths(settings.output_lengths(len(prompts))),
         "requests": count,
         "ignore_eos": settings.ignore_eos,
         "first": turn * count,
@@ -66,15 +67,13 @@ def _load(
     if rate is None:
         return run_load(
             engine.client,
-            lambda client: closed_loop(
-                client, workload.tokens, concurrency=point.concurrency, **common
-            ),
+            lambda client: closed_loop(client, prompts, concurrency=point.concurrency, **common),
         )
     return run_load(
         engine.client,
         lambda client: open_loop(
             client,
-            workload.tokens,
+            prompts,
             rate_per_s=rate,
             arrival=settings.arrival,
             seed=settings.seed + turn,
@@ -103,6 +102,7 @@ def _placed(
         rate_per_s=point.rate_per_s,
         round=turn,
         variant=variant,
+        part=point.part,
     )
 
 
@@ -128,6 +128,7 @@ def measure(
     progress: ProgressReporter | None = None,
     *,
     artifact_bytes: Mapping[str, int] | None = None,
+    basis: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure the variants; the first one is the baseline.
 
@@ -137,16 +138,20 @@ def measure(
         workload: prompts that all of them get.
         out_dir: gets ``samples/<variant>.jsonl.gz``, ``prompts.jsonl.gz`` and ``ledger.json``.
         artifact_bytes: size on disk by variant, for the storage line [bytes].
+        basis: what estimates of these points can be made from: ``device``
+            (`devices.Device.to_dict`) and ``dimensions`` of the model; kept as they are.
 
     Returns the JSON-ready content of ``ledger.json``: ``baseline``, ``performance`` {variant: [row
-    per point]}, ``techniques`` (where a waterfall is declared: `techniques.gains`), ``workload``,
+    per point]}, ``split`` (where the load's parts were measured: `points.split_costs`),
+    ``techniques`` (where a waterfall is declared: `techniques.gains`), ``workload``,
     ``serving`` {variant: settings}, ``waterfall`` (its steps as declared), ``prompts`` (path,
     sha256, prompt_sha256 of each), ``prices``, ``price_basis``,
     ``list_prices`` {variant: of an address that is paid by the token}, ``economics`` {variant:
     scenarios, sensitivity, ... at one point}, ``engines`` {variant: facts},
     ``samples`` {variant: path, sha256, requests}, ``loads`` (what each load took: generator's
     share of a CPU, lateness, energy), ``probes`` {variant: what was tried}, ``errors`` {variant:
-    message of those that failed}, ``artifact_bytes``, ``seconds``, ``notes``.
+    message of those that failed}, ``artifact_bytes``, ``device`` and ``dimensions`` (None where
+    not known), ``seconds``, ``notes``.
 
     Raises RunError when the baseline fails, RecipeError when the prices cannot be used.
     """
@@ -215,6 +220,7 @@ def measure(
             "requests": {point.name: settings.served(point) for point in settings.points},
             "rounds": settings.rounds,
             "seed": settings.seed,
+            "split": settings.split,
             "goal": dataclasses.asdict(settings.goal),
             "interleaved": "every point of every round" if fleet.keep else "every round",
             "confidence": metrics.CONFIDENCE,
@@ -236,6 +242,9 @@ def measure(
         "probes": {name: probe.to_dict() for name, probe in fleet.probes.items()},
         "errors": fleet.errors,
         "artifact_bytes": sizes,
+        "device": None,
+        "dimensions": None,
+        **(basis or {}),
         "seconds": time.perf_counter() - began,
         "notes": _notes(settings, fleet),
     }
@@ -254,6 +263,7 @@ def _load_facts(
         "variant": variant,
         "concurrency": point.concurrency,
         "rate_per_s": point.rate_per_s,
+        "part": point.part,
         "round": turn,
         "wall_s": result.wall_s,
         "generator_cpu_s": result.cpu_s if own else None,

@@ -16,7 +16,8 @@ from scipy.optimize import nnls
 
 from compressor.errors import RecipeError
 from compressor.measure import ledger
-from compressor.measure.metrics import Interval
+from compressor.measure.engines.base import RequestSample
+from compressor.measure.metrics import Interval, window_seconds
 from compressor.measure.prices import (
     PLANS,
     PriceScenario,
@@ -406,10 +407,15 @@ class Totals:
     requests: int = 1
 
     @classmethod
-    def of_row(cls, row: Mapping[str, Any]) -> Totals:
-        """From a row of ``performance`` (`points.performance_row`)."""
-        keys = ("prompt_tokens", "output_tokens", "window_seconds", "requests")
-        return cls(*(row[key] for key in keys))
+    def of(cls, samples: Sequence[RequestSample]) -> Totals:
+        """From requests; those that failed have no tokens, but their time counts."""
+        answered = [sample for sample in samples if not sample.error]
+        return cls(
+            sum(sample.prompt_tokens for sample in answered),
+            sum(sample.output_tokens for sample in answered),
+            window_seconds(samples),
+            len(answered),
+        )
 
 
 @dataclass(frozen=True)

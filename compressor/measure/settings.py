@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ DTYPES = {
 }
 ENGINES = ("transformers", "vllm", "llama.cpp", "endpoint")
 Batching = Literal["continuous", "static"]
+PARTS = ("prefill", "decode")
+DECODE_PROMPT = 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class MeasureSettings:
         requests: requests per point and variant over all rounds; rounded up to as many for every
             slot in each round.
         rounds: how often the variants take turns; the confidence intervals rest on rounds.
+        split: measure prompts and answers alone too, beside every point of the closed loop.
         prices: overrides of the price table, see `prices.resolve_prices`.
         keep_loaded: None keeps all engines in memory when they fit, else starts one at a time.
         ttft_ms, tpot_ms: service level objective [ms]; only requests inside it count as goodput.
@@ -73,6 +76,7 @@ class MeasureSettings:
     requests: int = 8
     rounds: int = 5
     seed: int = 0
+    split: bool = False
     prompts: str = "prompts"
     prices: Mapping[str, Any] = field(default_factory=dict)
     keep_loaded: bool | None = None
@@ -173,8 +177,9 @@ class MeasureSettings:
 
     @property
     def points(self) -> list[Point]:
-        """The sweep: closed loops, then open ones."""
-        closed = [Point(concurrency=size) for size in self.concurrency]
+        """The sweep: closed loops, each with its parts where they are asked for, then open ones."""
+        parts = ("", *PARTS) if self.split else ("",)
+        closed = [Point(size, part=part) for size in self.concurrency for part in parts]
         return closed + [Point(rate_per_s=rate) for rate in self.rate_per_s]
 
     def per_round(self, point: Point) -> int:
@@ -199,12 +204,27 @@ def serves(engine: str, fmt: str) -> bool:
 
 @dataclass(frozen=True)
 class Point:
-    """A point of the sweep: so many requests in flight, or so many arriving per second."""
+    """A point of the sweep: so many requests in flight, or so many arriving per second.
+
+    Attributes:
+        part: ``prefill`` has the load's prompts with one output token each, ``decode`` their first
+            `DECODE_PROMPT` tokens with whole answers; empty is the load itself.
+    """
 
     concurrency: int = 0
     rate_per_s: float | None = None
+    part: str = ""
 
     @property
     def name(self) -> str:
-        """As it stands in the ids of requests: ``c4``, or ``q2.5``."""
-        return f"c{self.concurrency}" if self.rate_per_s is None else f"q{self.rate_per_s:g}"
+        """As it stands in the ids of requests: ``c4``, ``q2.5``, or ``c4-prefill``."""
+        load = f"c{self.concurrency}" if self.rate_per_s is None else f"q{self.rate_per_s:g}"
+        return f"{load}-{self.part}" if self.part else load
+
+    def prompt_length(self, whole: int) -> int:
+        """Tokens of a prompt that are sent, of so many."""
+        return min(whole, DECODE_PROMPT) if self.part == "decode" else whole
+
+    def output_lengths(self, whole: Sequence[int]) -> list[int]:
+        """Tokens that are asked for with each prompt, instead of so many."""
+        return [1] * len(whole) if self.part == "prefill" else list(whole)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,17 @@ class Dimensions:
             for expert in (False, True)
         )
         return round(dense + share * experts) + self.embedding + self.rest
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        linears = [asdict(linear) for linear in self.linears]
+        return {**asdict(self), "linears": linears, "windows": list(self.windows)}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Dimensions:
+        """The inverse of `to_dict`."""
+        linears = tuple(Linear(**one) for one in value["linears"])
+        return cls(**{**value, "linears": linears, "windows": tuple(value["windows"])})
 
 
 def read_dimensions(

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from compressor.errors import RunError
 from compressor.measure import scenarios
+from compressor.report.estimate import report_estimates
 from compressor.report.model import SCHEMA_VERSION, ReportModel
 from compressor.report.verdict import (
     QUALITY_LIMIT,
@@ -85,6 +86,7 @@ def build_report(
         for row in rows:
             row["serving"] = copy.deepcopy(measured.get("serving", {}).get(row["name"]))
             row["performance"] = copy.deepcopy(measured["performance"].get(row["name"], []))
+            row["split"] = copy.deepcopy(measured.get("split", {}).get(row["name"], []))
         all_notes += measured["notes"]
         all_notes += [
             f"{name} could not be measured: {message}"
@@ -122,6 +124,8 @@ def build_report(
     }
     report = validate_report(report)
     _fill_break_even(report)
+    if measured:
+        report["estimates"] = report_estimates(report, measured)
     report["verdict"] = make_verdict(report, quality_limit)
     return validate_report(report)
 

@@ -1,13 +1,67 @@
-"""Estimates and their comparison with measured points, for the terminal."""
+"""Estimates, and their comparison with measured points, for the terminal and in the report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from compressor.errors import RunError
+from compressor.measure import roofline
+from compressor.measure.devices import Device
+from compressor.models.dimensions import Dimensions
 from compressor.report.figures import count, number, percent, size
+from compressor.report.table import Table as ReportTable
+
+_FIX = "give a run whose recipe has a measure section, of an engine on this machine"
+
+
+def report_estimates(
+    report: Mapping[str, Any], measured: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The report's ``estimates``: every measured point beside its estimate.
+
+    Args:
+        report: with the variants' performance.
+        measured: the ledger; its ``device`` and ``dimensions`` are what estimates are made from.
+
+    Returns None where the ledger has neither, or the baseline no point that can be compared.
+    """
+    if not measured.get("device") or not measured.get("dimensions"):
+        return None
+    made = roofline.compare(
+        report,
+        Device.from_dict(measured["device"]),
+        Dimensions.from_dict(measured["dimensions"]),
+    )
+    return made.to_dict() if made else None
+
+
+def compare_run(run_dir: Path, device: Device | None = None) -> roofline.Comparison:
+    """A run's measured points against estimates.
+
+    Args:
+        run_dir: of a run with a measurement.
+        device: instead of the one that the run recorded.
+
+    Raises RunError when the run holds no measured points, or does not say what it ran on.
+    """
+    from compressor.record import LEDGER, read_json
+    from compressor.report.write import read_report
+
+    report = read_report(run_dir / "report" / "report.json")
+    if not any(variant["performance"] for variant in report["variants"]):
+        raise RunError("the run holds no measured points", where=str(run_dir), fix=_FIX)
+    ledger = read_json(run_dir, LEDGER)
+    if not ledger.get("device") or not ledger.get("dimensions"):
+        raise RunError("the run does not say what it ran on", where=str(run_dir), fix=_FIX)
+    device = device or Device.from_dict(ledger["device"])
+    made = roofline.compare(report, device, Dimensions.from_dict(ledger["dimensions"]))
+    if made is None:
+        raise RunError("its baseline has no point of a closed loop", where=str(run_dir), fix=_FIX)
+    return made
 
 
 def estimate_table(made: Mapping[str, Any]) -> Table:
@@ -57,7 +111,8 @@ def facts(made: Mapping[str, Any]) -> list[str]:
             f"Estimate, efficiency {number(reached['decode'])} decoding, "
             f"{number(reached['prefill'])} prefill, as the run's baseline reached."
         )
-    found.append(f"Device: {made['device']['source']}.")
+    again = made["device"]["command"]
+    found.append(f"Device: {made['device']['source']}{f' ({again})' if again else ''}.")
     return found
 
 
@@ -79,3 +134,53 @@ def comparison_table(compared: Mapping[str, Any]) -> Table:
     if error is not None:
         table.caption = f"median error of TPOT, candidates: {percent(error, 0)}"
     return table
+
+
+def report_table(report: Mapping[str, Any]) -> ReportTable:
+    """Every measured point beside its estimate; no rows where nothing was estimated."""
+    made = report["estimates"]
+    rows = []
+    for row in made["rows"] if made else ():
+        cells = [row["variant"], str(row["concurrency"])]
+        for key in ("ttft_ms", "tpot_ms", "tok_s"):
+            cells += [number(row[f"predicted_{key}"]), number(row[f"measured_{key}"])]
+            cells.append(percent(row[f"{key}_error"], 0, signed=True))
+        rows.append((*cells, number(row["bound_tpot_ms"]), row["bound"]))
+    return ReportTable(
+        "Estimates beside the measurement",
+        (
+            "Variant",
+            "Concurrency",
+            "TTFT [ms] estimated",
+            "measured",
+            "error",
+            "TPOT [ms] estimated",
+            "measured",
+            "error",
+            "Output [tok/s] estimated",
+            "measured",
+            "error",
+            "TPOT bound [ms]",
+            "Decoding bound by",
+        ),
+        tuple(rows),
+        note=_explained(made) if made else "",
+    )
+
+
+def _explained(made: Mapping[str, Any]) -> str:
+    device, reached = made["device"], made["efficiency"]
+    peaks = ", ".join(f"{name} {number(rate / 1e12)}" for name, rate in device["peak"].items())
+    words = (
+        "An estimate is a roofline's bound (docs/estimate.md) / the efficiency that the baseline "
+        f"reached: {number(reached['decode'])} decoding, {number(reached['prefill'])} prefill, the "
+        "median over its points. The baseline's own errors are its spread; those of the others are "
+        "what an estimate made before compressing would have been off by."
+    )
+    if made["median_tpot_error"] is not None:
+        words += f" Theirs of TPOT: {percent(made['median_tpot_error'], 0)} in the median."
+    words += (
+        f" Device: {device['label']}, reads {number(device['bandwidth'] / 1e9)} GB/s, peaks "
+        f"[TFLOPS or TOPS] {peaks}; {device['source']}"
+    )
+    return words + (f" ({device['command']})." if device["command"] else ".")

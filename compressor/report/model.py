@@ -225,6 +225,42 @@ class Performance(Strict):
     energy: Energy | None = None
 
 
+class SplitGroup(Strict):
+    """Tokens and the device's seconds of the load, or of one of its parts."""
+
+    input_tokens: int
+    output_tokens: int
+    seconds: float
+    requests: int
+
+
+class Split(Strict):
+    """What input and output tokens cost apart at one concurrency.
+
+    Solved from the load's requests, its prompts alone (prefill) and short prompts with whole
+    answers (decode). `residual_share`: what the two rates leave unexplained of the measured
+    seconds; `worst_residual_share` of the worst group. The blended costs are of the load's mean
+    request.
+    """
+
+    concurrency: int
+    input_usd_per_mtok: Interval
+    output_usd_per_mtok: Interval
+    seconds_per_input_token: float
+    seconds_per_output_token: float
+    residual_seconds: float
+    residual_share: float
+    worst_residual_share: float
+    points: int
+    mix_input_tokens: float
+    mix_output_tokens: float
+    blended_usd_per_mtok_output: float
+    blended_usd_per_mtok_all: float
+    currency: str
+    formula: str
+    groups: dict[str, SplitGroup]
+
+
 class Serving(Strict):
     """How a variant was served: of transformers `batching`, of servers `flags` and `variables`."""
 
@@ -279,6 +315,76 @@ class Techniques(Strict):
     left_out: list[str] = []
 
 
+class Reading(Strict):
+    """A measurement of the device: the shortest of `calls` calls, each of `amount` bytes read or
+    operations done. `what`: read, or the number type of a matrix product."""
+
+    what: str
+    amount: float
+    calls: int
+    best_s: float
+
+
+class EstimateDevice(Strict):
+    """The device that estimates are for: bytes/s of its memory, operations/s by number type.
+
+    Measured by `command` as `readings`, or from the data sheet that `source` names.
+    """
+
+    id: str
+    label: str
+    memory_bytes: float
+    bandwidth: float
+    peak: dict[str, float]
+    price: str | None
+    source: str
+    command: str = ""
+    readings: list[Reading] = []
+
+
+class Efficiency(Strict):
+    """Bound / measured: the median over the baseline's points."""
+
+    decode: float
+    prefill: float
+
+
+class EstimateRow(Strict):
+    """One measured point: the roofline's bound, the estimate (bound / efficiency), what was
+    measured (medians over requests), and estimate / measured - 1. `bound`: what decoding is bound
+    by."""
+
+    variant: str
+    concurrency: int
+    bound: Literal["memory", "compute"]
+    bound_ttft_ms: float
+    predicted_ttft_ms: float
+    measured_ttft_ms: float
+    ttft_ms_error: float
+    bound_tpot_ms: float
+    predicted_tpot_ms: float
+    measured_tpot_ms: float
+    tpot_ms_error: float
+    bound_tok_s: float
+    predicted_tok_s: float
+    measured_tok_s: float
+    tok_s_error: float
+
+
+class Estimates(Strict):
+    """What a roofline predicts for every measured point.
+
+    `median_tpot_error` is the size of the error over the variants but the baseline, which the
+    efficiency was taken from.
+    """
+
+    estimate: Literal[True]
+    device: EstimateDevice
+    efficiency: Efficiency
+    rows: list[EstimateRow]
+    median_tpot_error: float | None
+
+
 class ArtifactFile(Strict):
     """One file of an exported directory."""
 
@@ -328,6 +434,7 @@ class Variant(Strict):
     quality: list[Quality] = []
     serving: Serving | None = None
     performance: list[Performance] = []
+    split: list[Split] = []
     break_even: BreakEven | None = None
     artifacts: list[Artifact] = []
 
@@ -382,6 +489,7 @@ class ReportModel(Strict):
     workload: dict[str, Any] | None
     economics: dict[str, Any] = {}
     techniques: list[Techniques] = []
+    estimates: Estimates | None = None
     stages: list[Stage]
     notes: list[str]
     record: dict[str, str] = {}

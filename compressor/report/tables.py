@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from compressor.report import economics, figures, techniques
+from compressor.report import economics, estimate, figures, techniques
 from compressor.report.coverage import block_share, named
 from compressor.report.table import Table
 from compressor.report.verdict import row_at, worst_quality
@@ -613,6 +613,7 @@ def body(report: Mapping[str, Any]) -> list[Table]:
         techniques.table(report),
         costs(report),
         latency(report),
+        estimate.report_table(report),
         *economics.tables(report),
         quantization(report),
         worst_layers(report),

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor.errors import RecipeError, RunError
 from compressor.measure import roofline
-from compressor.measure.devices import devices, find_device, measure_device
+from compressor.measure.devices import (
+    Device,
+    devices,
+    find_device,
+    measure_device,
+    this_device,
+)
 from compressor.measure.prices import price_rows, resolve_prices
 from compressor.measure.roofline import Efficiency, Setup, Speculation, parse_scheme
 from compressor.models.dimensions import Dimensions, config_dimensions, read_dimensions
@@ -241,9 +250,123 @@ def test_device_table_names_prices_and_sources_and_this_processor_can_be_measure
         assert "https://" in device.source
         assert device.price == (device.id if device.id in price_rows() else None)
         assert device.peak["float16"] > 1e13 and device.bandwidth > 1e11
-    here = measure_device(seconds=0.02, buffer_bytes=1 << 24)
+    here = measure_device(seconds=0.02, buffer_bytes=1 << 24, size=256)
     assert 1e8 < here.bandwidth < 1e13 and 1e8 < here.peak["float32"] < 1e15
+    read, product = here.readings[:2]
+    assert (read.what, read.amount, product.what, product.amount) == (
+        "read", 1 << 24, "float32", 2 * 256**3,
+    )  # fmt: skip
+    assert here.bandwidth == read.amount / read.best_s and read.calls > 1
+    assert here.peak["float32"] == product.amount / product.best_s
     assert A100.peak_of("fp8") == A100.peak["float16"]
+
+
+def test_a_device_is_made_again_from_what_was_read_or_from_its_data_sheet() -> None:
+    here = measure_device(seconds=0.0, buffer_bytes=1 << 20, size=32)
+    assert Device.from_dict(json.loads(json.dumps(here.to_dict()))) == here == here.again()
+    forged = dataclasses.replace(here, bandwidth=1.0, peak={"float32": 1.0})
+    assert forged.again() == here
+    assert dataclasses.replace(A100, bandwidth=1.0).again() == A100
+    with pytest.raises(RecipeError, match="no readings"):
+        dataclasses.replace(here, readings=()).again()
+    done = subprocess.run(
+        [sys.executable, "-m", "compressor.measure.devices", "abacus"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "h100" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_gpu_that_is_not_there_is_one_clear_error() -> None:
+    with pytest.raises(RecipeError, match="no GPU"):
+        find_device("gpu")
+    assert this_device().id == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_reaches_much_of_its_data_sheet() -> None:
+    found, sheet = find_device("gpu"), this_device()
+    assert found.label == torch.cuda.get_device_name() and found.price == sheet.price
+    if sheet.readings:
+        return  # not in the table
+    assert 0.5 < found.bandwidth / sheet.bandwidth < 1.05
+    assert 0.4 < found.peak["bfloat16"] / sheet.peak["bfloat16"] < 1.05
+
+
+def measured_row(concurrency: int, tpot: float, **facts: Any) -> dict[str, Any]:
+    figures = {
+        "concurrency": concurrency, "rate_per_s": None, "dtype": "bfloat16", "requests": 4,
+        "error_rate": 0.0, "prompt_tokens": 4 * 32, "output_tokens": 4 * 16,
+        "ttft_ms": {"p50": 5.0}, "tpot_ms": {"p50": tpot}, "throughput_tok_s": {"value": 100.0},
+    }  # fmt: skip
+    return figures | facts
+
+
+def a_report(**performance: list[dict[str, Any]]) -> dict[str, Any]:
+    plain = {"scheme": None, "group_size": None, "artifacts": [], "coverage": None,
+             "quantization": None}  # fmt: skip
+    variants = [{**plain, "name": n, "performance": rows} for n, rows in performance.items()]
+    return {
+        "baseline": "baseline", "workload": {"engine": "transformers"}, "variants": variants,
+    }  # fmt: skip
+
+
+def test_points_are_compared_with_the_efficiency_of_the_baseline() -> None:
+    bounds = [
+        roofline.estimate_point(Setup(DENSE), A100, batch=n, input_length=32, output_length=16)
+        for n in (1, 4)
+    ]
+    one, four = (bound["tpot_ms"] for bound in bounds)
+    made = roofline.compare(
+        a_report(
+            baseline=[
+                measured_row(1, 2 * one), measured_row(4, 2 * four),
+                measured_row(0, 1.0, rate_per_s=3.0), measured_row(8, 1.0, tpot_ms={"p50": None}),
+            ],
+            # A quarter of the requests failed: they have no tokens.
+            other=[measured_row(1, 4 * one, error_rate=0.25, prompt_tokens=96, output_tokens=48)],
+        ), A100, DENSE,
+    )  # fmt: skip
+    assert made is not None and made.efficiency.decode == pytest.approx(0.5)
+    assert made.efficiency.prefill == pytest.approx(
+        statistics.median(bound["ttft_ms"] / 5.0 for bound in bounds)
+    )
+    errors = [(r["variant"], r["concurrency"], r["tpot_ms_error"]) for r in made.rows]
+    assert errors == [
+        ("baseline", 1, pytest.approx(0)), ("baseline", 4, pytest.approx(0)),
+        ("other", 1, pytest.approx(-0.5)),
+    ]  # fmt: skip
+    assert made.median_tpot_error == pytest.approx(0.5)
+    alone = roofline.compare(a_report(baseline=[measured_row(1, one)]), A100, DENSE)
+    assert alone is not None and alone.median_tpot_error is None
+    opened = a_report(baseline=[measured_row(0, 1.0, rate_per_s=3.0)])
+    assert roofline.compare(opened, A100, DENSE) is None
+
+
+def a_variant(sizes: dict[str, int], fmt: str, **facts: Any) -> dict[str, Any]:
+    artifact = {"format": fmt, "tensors": {"bytes_by_scheme": sizes}}
+    empty = {"scheme": "W4A16", "group_size": 32, "coverage": None, "quantization": None}
+    return {**empty, "artifacts": [artifact], **facts}
+
+
+def test_a_variants_bytes_are_those_of_the_artifact_that_was_served() -> None:
+    sizes = {"W4A16": 1000, "bfloat16": 500}
+    setup = roofline.run_setup(DENSE, a_variant(sizes, "compressed-tensors"), "float32")
+    assert (setup.linear_bytes, setup.dtype) == (1000, "float32")
+    gguf = a_variant({"W4A16, Q4_0": 1100, "F16": 7, "BF16": 500, "F32": 9}, "gguf")
+    gguf["artifacts"].insert(0, {"format": "compressed-tensors", "tensors": None})
+    setup = roofline.run_setup(DENSE, gguf, "Q4_0", "llama.cpp")
+    assert (setup.linear_bytes, setup.dtype) == (1100, DENSE.dtype)
+    assert roofline.run_setup(DENSE, gguf, "F16", "llama.cpp").dtype == "float16"
+    # Linears that were left out count as they are stored.
+    coverage = {"block_parameters": 100, "quantized_parameters": 80, "head_parameters": 20}
+    left = a_variant(sizes, "compressed-tensors", coverage=coverage)
+    assert roofline.run_setup(DENSE, left, "bfloat16").linear_bytes == 1000 + 40 * 2
+
+
+def test_dimensions_survive_json() -> None:
+    for dims in (DENSE, MIXTURE):
+        assert Dimensions.from_dict(json.loads(json.dumps(dims.to_dict()))) == dims
 
 
 def test_command_marks_everything_as_an_estimate(tmp_path: Path) -> None:

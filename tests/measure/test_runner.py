@@ -10,7 +10,9 @@ import torch
 
 from compressor.errors import RecipeError, RunError
 from compressor.measure import fleet, points
+from compressor.measure.engines.base import RequestSample
 from compressor.measure.points import recompute
+from compressor.measure.prices import resolve_prices
 from compressor.measure.runner import measure as measure_candidates
 from compressor.measure.samples import read_samples, write_samples
 from compressor.measure.settings import MeasureSettings, Point
@@ -218,6 +220,54 @@ def test_continuous_batching_is_the_default(
     assert recompute(tmp_path) == json.loads(
         json.dumps({key: result[key] for key in ("performance", "economics")})
     )
+
+
+def test_parts_of_the_load_split_the_cost_and_change_no_other_figure(
+    loaders: Any, tokenizer: Any, prompts: Any, tmp_path: Path
+) -> None:
+    settings = MeasureSettings(
+        input_length=40, output_length=6, requests=4, rounds=2, dtype="float32",
+        concurrency=(2,), rate_per_s=(100.0,), split=True, prices={"usd_per_hour": 3.6},
+    )  # fmt: skip
+    result = measure(loaders, tokenizer, prompts, settings, tmp_path)
+    assert list(result["workload"]["requests"]) == ["c2", "c2-prefill", "c2-decode", "q100"]
+    for name, rows in result["performance"].items():
+        assert [(row["concurrency"], row["rate_per_s"]) for row in rows] == [(2, None), (0, 100.0)]
+        samples = read_samples(tmp_path / result["samples"][name]["path"])
+        mixes = {
+            part: {(one.prompt_tokens, one.output_tokens) for one in samples if one.part == part}
+            for part in ("", "prefill", "decode")
+        }
+        assert mixes == {"": {(40, 6)}, "prefill": {(40, 1)}, "decode": {(16, 6)}}
+        (split,) = result["split"][name]  # the open loop has no parts
+        assert split["groups"]["load"]["seconds"] == rows[0]["window_seconds"]
+        assert (split["mix_input_tokens"], split["mix_output_tokens"]) == (40, 6)
+        # A million seconds of a device at 3.6 an hour cost a thousand.
+        assert split["output_usd_per_mtok"]["value"] == pytest.approx(
+            1000 * split["seconds_per_output_token"]
+        )
+        assert split["output_usd_per_mtok"]["value"] > 0 and split["points"] == 3
+    assert recompute(tmp_path) == json.loads(
+        json.dumps({key: result[key] for key in ("performance", "economics", "split")})
+    )
+    plain = points.figures(
+        result, {name: [one for one in read_samples(tmp_path / row["path"]) if not one.part]
+                 for name, row in result["samples"].items()},
+    )  # fmt: skip
+    assert plain == {key: result[key] for key in ("performance", "economics")}
+
+
+def test_a_part_whose_requests_failed_gives_no_split() -> None:
+    load = [RequestSample("a", 40, 2, 0.0, 1.0, (1.0, 2.0))]
+    alone = [RequestSample("b", 40, 0, 3.0, 4.0, (), part="prefill", error="broken")]
+    row = {"concurrency": 1, "rate_per_s": None, "energy": None}
+    prices = resolve_prices({"usd_per_hour": 3.6})
+    asked = {"prices": prices, "artifact_bytes": 0, "seed": 0}
+    assert points.split_costs([*load, *alone], [row], **asked) == []
+    alone = [RequestSample("b", 40, 1, 3.0, 4.5, (4.5,), part="prefill")]
+    (found,) = points.split_costs([*load, *alone], [row], **asked)
+    assert found["seconds_per_output_token"] == pytest.approx(0.5)
+    assert found["input_usd_per_mtok"]["low"] is None  # one round
 
 
 def test_open_loop_has_a_row_for_each_rate(

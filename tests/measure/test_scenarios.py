@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from compressor.errors import RecipeError
 from compressor.measure import ledger
+from compressor.measure.engines.base import RequestSample
 from compressor.measure.metrics import Interval
 from compressor.measure.prices import PriceScenario, resolve_prices
 from compressor.measure.scenarios import (
@@ -223,20 +224,25 @@ def test_split_recovers_exact_mixes(a: float, b: float, requests: int) -> None:
     assert split.blended_usd_per_mtok_all == pytest.approx(whole * 128 / 640)
 
 
-def test_split_by_hand_from_performance_rows() -> None:
-    prefill = {
-        "prompt_tokens": 10_000,
-        "output_tokens": 10,
-        "window_seconds": 11.0,
-        "requests": 10,
-    }
-    decode = {"prompt_tokens": 0, "output_tokens": 100, "window_seconds": 10.0, "requests": 1}
+def test_split_by_hand_from_requests() -> None:
+    def request(start: float, prompt: int, times: list[float], error: str = "") -> RequestSample:
+        first = times[0] if times else start + 1
+        return RequestSample("x", prompt, len(times), start, first, tuple(times), error=error)
+
+    prefill = [request(1.1 * n, 1000, [1.1 * (n + 1)]) for n in range(10)]
+    # Two at the same time share their seconds; one that failed has no tokens.
+    decode = [
+        request(0, 1, [0.1 * n for n in range(1, 51)]), request(0, 1, [5.0] * 50),
+        request(9, 1, [], "broken"),
+    ]  # fmt: skip
+    totals = [Totals.of(prefill), Totals.of(decode)]
+    assert totals[0] == Totals(10_000, 10, pytest.approx(11.0), 10)
+    assert totals[1] == Totals(2, 100, pytest.approx(6.0), 2)
+    totals[1] = Totals(0, 100, 10.0, 1)
     prices = scenario(
         accelerator_usd_per_hour=3.6, host_usd_per_hour=0, watts=0, egress_usd_per_gb=0
     )
-    split = split_input_output(
-        [Totals.of_row(prefill), Totals.of_row(decode)], prices, artifact_bytes=0, mix=(100, 10)
-    )
+    split = split_input_output(totals, prices, artifact_bytes=0, mix=(100, 10))
     assert split.seconds_per_input_token == pytest.approx(0.001)
     assert split.seconds_per_output_token == pytest.approx(0.1)
     assert split.input_usd_per_mtok == pytest.approx(2.0)  # 3.6/3600 x 0.001 x 1e6 / 0.5

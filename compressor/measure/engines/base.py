@@ -30,6 +30,7 @@ class RequestSample:
         error: why it failed; empty when it did not.
         rate_per_s: open loop: declared arrivals per second.
         asked_tokens: the most output tokens that were asked for; None where nobody noted it.
+        part: of a request that is served for the split of costs alone: ``prefill`` or ``decode``.
     """
 
     request_id: str
@@ -46,6 +47,7 @@ class RequestSample:
     error: str = ""
     rate_per_s: float | None = None
     asked_tokens: int | None = None
+    part: str = ""
 
     @property
     def end_s(self) -> float:
