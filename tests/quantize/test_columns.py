@@ -16,7 +16,7 @@ from compressor.quantize.gptq import inverse_factor
 
 pytest.importorskip("triton")
 
-from compressor.quantize.columns_triton import round_columns_triton  # noqa: E402
+from compressor.quantize.columns_triton import round_columns_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
