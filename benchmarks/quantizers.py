@@ -229,8 +229,10 @@ def compete(args: argparse.Namespace, scratch: Path) -> None:
             command = [pythons[peer["peer"]], str(script), json.dumps(peer["options"])]
             contestants[name] = command
     rows = kept(args.output, tokens)
+    machine = f"{processor()}, {os.cpu_count()} cores, no GPU"
+    done = {row["name"] for row in rows if row["machine"] == machine}
     for name, command in contestants.items():
-        if (args.only and name not in args.only) or any(row["name"] == name for row in rows):
+        if (args.only and name not in args.only) or name in done:
             continue
         output = scratch / name.replace(" ", "-")
         where = [str(model_dir), str(scratch / "tokens.npy"), str(output)]
@@ -253,6 +255,7 @@ def compete(args: argparse.Namespace, scratch: Path) -> None:
             "size_bytes": size,
             **facts,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": machine,
         }
         options = OURS.get(name) or PEERS[name]["options"]
         row = {"name": name, "options": options, "ignore": IGNORE.get(name, [])}
@@ -262,7 +265,7 @@ def compete(args: argparse.Namespace, scratch: Path) -> None:
 
 
 def kept(output: Path, tokens: np.ndarray) -> list[Any]:
-    """Rows of an earlier run on the same tokens that was interrupted."""
+    """Rows of earlier runs on the same tokens, on this machine or another."""
     path = output / "quantizers.json"
     facts = json.loads(path.read_text()) if path.is_file() else {}
     same = facts.get("calibration", {}).get("sha256") == tokens_sha256(tokens)
@@ -275,7 +278,6 @@ def write(args: argparse.Namespace, rows: list[Any], baseline: Any, tokens: np.n
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": f"python benchmarks/quantizers.py --samples {args.samples}",
-        "machine": f"{processor()}, {os.cpu_count()} cores, no GPU",
         "torch": torch.__version__,
         "calibration": {"shape": list(tokens.shape), "sha256": tokens_sha256(tokens)},
         "baseline_perplexity": {
@@ -287,15 +289,17 @@ def write(args: argparse.Namespace, rows: list[Any], baseline: Any, tokens: np.n
     lines = [
         "# Quantizers side by side",
         "",
-        f"`{facts['command']}`, {facts['machine']}, torch {facts['torch']}, {facts['date'][:10]}. "
+        f"`{facts['command']}`, torch {facts['torch']}. Times compare on one machine only. "
         f"Calibration {tokens.shape[0]} x {tokens.shape[1]} tokens, the same for all; W4A16 "
         f"symmetric in groups of {GROUP}, and W8A8 where said. Perplexity "
         "change against the full-precision model on text that was not calibrated with; peak memory "
         "seen from outside the process.",
-        "",
-        table(rows),
-        *(f"\n{row['name']}: {row['note']}" for row in rows if "note" in row),
     ]
+    for machine in dict.fromkeys(row["machine"] for row in rows):
+        own = [row for row in rows if row["machine"] == machine]
+        days = sorted({row["date"][:10] for row in own})
+        lines += ["", f"## {machine}, {' and '.join(days)}", "", table(own)]
+        lines += [f"\n{row['name']}: {row['note']}" for row in own if "note" in row]
     (args.output / "README.md").write_text("\n".join(lines) + "\n")
 
 
