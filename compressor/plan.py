@@ -392,10 +392,14 @@ class _Builder:
     ) -> str:
         """`owner` is the variant whose artifact this one shares; its own where not given."""
         owner = owner or variant
+        config = {"variant": owner, "format": fmt}
+        options = self.recipe.gguf
+        if fmt == "gguf" and owner != BASELINE and options and options.embeddings != "stored":
+            config["embeddings"] = options.embeddings
         return self.add(
             f"export:{variant}:{fmt}",
             "export",
-            {"variant": owner, "format": fmt},
+            config,
             inputs,
             self.speed.export(fmt, quantized=owner != BASELINE, head=head),
             variant=variant,

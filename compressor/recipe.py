@@ -513,6 +513,17 @@ class Endpoint(_Section):
     )
 
 
+class GGUF(_Section):
+    """Options of the format gguf."""
+
+    embeddings: Literal["stored", "Q8_0"] = Field(
+        "stored",
+        description="Of quantized variants: as stored, or rounded to nearest in Q8_0 (8.5 bits a "
+        "weight), together with the output layer where it is the same matrix. llama.cpp's own "
+        "quantizer rounds them too. Quality figures are those of the embeddings as stored.",
+    )
+
+
 class WaterfallStep(_Section):
     """One configuration of a waterfall, and what it adds to the one before."""
 
@@ -617,6 +628,7 @@ class Recipe(_Section):
         "format instead.",
         json_schema_extra={"default": ["compressed-tensors"]},
     )
+    gguf: GGUF | None = Field(None, description="Options of the format gguf.")
     output: str = Field("runs", description="Directory of runs, relative to the recipe.")
     store: str = Field(
         ".compressor", description="Directory of finished stages, relative to the recipe."
@@ -643,6 +655,12 @@ class Recipe(_Section):
             self._check_serve(name, variant)
         self._check_engine()
         self._check_waterfall()
+        if self.gguf is not None and "gguf" not in self.export:
+            raise PydanticCustomError(
+                "gguf_options",
+                "nothing is exported as GGUF: add gguf to `export:`, or remove this section",
+                {"loc": ("gguf",)},
+            )
         return self
 
     def _check_serve(self, name: str, variant: Variant) -> None:

@@ -215,9 +215,19 @@ def run_report(
         ],
         measured=ledger,
         stages=read_json(run_dir, PLAN),
-        notes=list(load["notes"]),
+        notes=[*load["notes"], *_export_notes(stages)],
         record={name: file_sha256(run_dir / name) for name in RECORD if (run_dir / name).exists()},
     )
+
+
+def _export_notes(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the artifacts do not carry over, as their exporters say."""
+    return [
+        f"{stage['variant']}, {stage['result']['format']}: {note}."
+        for stage in stages
+        if stage["kind"] == "export"
+        for note in stage["result"].get("notes", [])
+    ]
 
 
 def _variant(

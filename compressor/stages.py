@@ -293,7 +293,7 @@ def export(context: Context) -> dict[str, Any]:
     from compressor.quantize.bitsandbytes import iterate_tensors
     from compressor.quantize.codes import iterate_quantized, kv_scales, replaced_tensors
 
-    load, quantized = context.need("load"), context.find("quantize")
+    load, quantized, notes = context.need("load"), context.find("quantize"), list[str]()
     # Keys of the inputs identify every setting that made this artifact; times stay out of it.
     provenance = {
         "tool": "compressor",
@@ -308,7 +308,7 @@ def export(context: Context) -> dict[str, Any]:
         if context.config["format"] == gguf.NAME:
             for stored in context.inputs.values():
                 stored.verify()
-            gguf.export(
+            found = gguf.export(
                 context.model_dir,
                 iterate_quantized(quantized.path) if quantized else (),
                 provenance,
@@ -316,7 +316,9 @@ def export(context: Context) -> dict[str, Any]:
                 replaced=replaced_tensors(quantized.path) if quantized else None,
                 head=quantized.result.get("head") if quantized else None,
                 title=f"{Path(load.result['source']).stem} {context.config['variant']}",
+                embeddings=context.config.get("embeddings", gguf.STORED),
             )
+            notes = found.notes
         elif quantized is None:
             formats.export_dense(context.model_dir, provenance, target)
         elif context.config["format"] == bitsandbytes.NAME:
@@ -347,7 +349,8 @@ def export(context: Context) -> dict[str, Any]:
             )
     size = sum(p.stat().st_size for p in target.iterdir())
     tensors = _tensor_ledger(context, target)
-    return {"format": context.config["format"], "size_bytes": size, "tensors": tensors}
+    result = {"format": context.config["format"], "size_bytes": size, "tensors": tensors}
+    return result | ({"notes": notes} if notes else {})
 
 
 def _tensor_ledger(context: Context, artifact: Path) -> dict[str, Any]:

@@ -411,6 +411,8 @@ def test_what_gguf_cannot_hold_is_refused_before_the_run(
 ) -> None:
     good = GOOD.replace("group_size: 64", "group_size: 64, desc_act: true")
     assert load(tmp_path, good + "export: [gguf]\n").export == ["gguf"]  # type: ignore[attr-defined]
+    with pytest.raises(RecipeError, match="add gguf to `export:`"):
+        load(tmp_path, GOOD + "gguf: {embeddings: Q8_0}\n")
     with pytest.raises(RecipeError, match=match):
         load(tmp_path, GOOD.replace("group_size: 64", f"group_size: 64{change}") + more
              + "export: [gguf]\n")  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from compressor.verify import verify
 from tests import tiny
 from tests.projects import RECIPE, completed, compress, report, write
 
@@ -110,6 +111,27 @@ def test_a_quantized_output_layer_is_evaluated_exported_and_measured(project: Pa
             for g in config["quantization_config"]["config_groups"].values()
         ]
         assert any(named) is ("lm_head" in of)
+
+
+def test_gguf_embeddings_are_rounded_in_variants_and_the_report_says_so(project: Path) -> None:
+    recipe = json.loads(json.dumps(RECIPE))
+    recipe["variants"] = {"int4": RECIPE["variants"]["int4-rtn"]}
+    recipe["export"] = ["compressed-tensors", "gguf"]
+    plain = completed(project, recipe)
+    recipe["gguf"] = {"embeddings": "Q8_0"}
+    made = completed(project, recipe)
+    stages = {stage["name"]: stage["cached"] for stage in made["stages"]}
+    assert [name for name, cached in stages.items() if not cached] == ["export:int4:gguf"]
+    kinds = [
+        [set(v["artifacts"][1]["tensors"]["bytes_by_scheme"]) for v in run["variants"]]
+        for run in (plain, made)
+    ]
+    assert kinds[0] == [{"F32"}, {"F32", "W4A16, Q4_0"}]
+    assert kinds[1] == [{"F32"}, {"F32", "W4A16, Q4_0", "Q8_0"}]
+    (note,) = set(made["notes"]) - set(plain["notes"])
+    assert note.startswith("int4, gguf: the embeddings are rounded to Q8_0")
+    for run in (project / "runs" / "recipe").iterdir():
+        assert verify(run).ok
 
 
 def test_bitsandbytes_variants_from_recipe_to_report(project: Path) -> None:

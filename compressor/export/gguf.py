@@ -8,7 +8,8 @@ wherever one of ggml's block types holds the grid (`compressor.numerics.ggml`):
   output channel, or per group of a multiple of 32 columns;
 - a linear that no block type holds (FP8, groups of 16 columns) is written as its dequantized values
   in 16 bits, and named in ``compression.json``;
-- every other matrix keeps its dtype; vectors are float32, as llama.cpp wants them.
+- every other matrix keeps its dtype, the embeddings unless they are asked for in Q8_0; vectors are
+  float32, as llama.cpp wants them.
 
 llama.cpp rounds activations itself, to 8 bits per 32 columns, with every quantized weight: a
 scheme's own activations (W8A8) are not carried over, nor are scales of cached keys and values.
@@ -37,12 +38,13 @@ from compressor.export.gguf_vocabulary import add_vocabulary
 from compressor.export.ledger import TensorLedger
 from compressor.models.architecture import CausalLM
 from compressor.models.checkpoint import Checkpoint
-from compressor.numerics.ggml import permute_rows, to_blocks
+from compressor.numerics.ggml import permute_rows, round_to_q8_0, to_blocks
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import Scheme
 
 NAME = "gguf"
 FILE = "model.gguf"
+STORED = "stored"
 _TOOL = "compressor"
 _FILE_TYPES = {
     Type.F32: LlamaFileType.ALL_F32,
@@ -68,12 +70,18 @@ class Conversion:
             of the grid, by name. All others are exact.
         in_16_bits: why no block type holds a linear, by name.
         notes: what is not carried over.
+        embeddings: where they were rounded: type, and length of the error / that of the weight.
     """
 
     types: dict[str, int] = field(default_factory=dict)
     rounded: dict[str, float] = field(default_factory=dict)
     in_16_bits: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    embeddings: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, as ``compression.json`` has it."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def export(
@@ -84,6 +92,7 @@ def export(
     replaced: Mapping[str, torch.Tensor] | None = None,
     head: str | None = None,
     title: str = "",
+    embeddings: str = STORED,
 ) -> Conversion:
     """Write a complete artifact directory; equal inputs give equal bytes.
 
@@ -97,6 +106,8 @@ def export(
         replaced: unquantized tensors that differ from the baseline's, by name.
         head: name of the output layer, where it is among those quantized.
         title: ``general.name``, the model's name for people.
+        embeddings: ``stored``, or ``Q8_0`` to round them to it, and with them the output layer
+            where it is the same matrix.
 
     Raises:
         RunError: llama.cpp would compute something else than this model; columns are grouped by
@@ -139,8 +150,11 @@ def export(
             value = (replaced or {}).get(key)
             value = source.tensor(key) if value is None else value
             order = layout.row_order(key)
-            kind, data = _dense(value if order is None else value[order])
             place = _EMBEDDINGS if key == shared else _place(layout, key)
+            if place == _EMBEDDINGS and embeddings != STORED:
+                kind, data = _embeddings(value, found)
+            else:
+                kind, data = _dense(value if order is None else value[order])
             writer.add_tensor(place, data, raw_dtype=kind)
         for key, value in layout.extra().items():
             writer.add_tensor(key, value.numpy(), raw_dtype=Type.F32)
@@ -149,7 +163,7 @@ def export(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    complete(model_dir, {**provenance, "gguf": asdict(found)}, directory)
+    complete(model_dir, {**provenance, "gguf": found.to_dict()}, directory)
     return found
 
 
@@ -175,6 +189,21 @@ def _linear(
             found.rounded[name] = round(blocks.error, 6)
     found.types[kind.name] = found.types.get(kind.name, 0) + 1
     return kind, data
+
+
+def _embeddings(value: torch.Tensor, found: Conversion) -> tuple[Type, NDArray[np.generic]]:
+    """The embeddings in Q8_0, or as they are where it cannot hold them; entered in ``found``."""
+    made = round_to_q8_0(value)
+    if isinstance(made, str):
+        found.notes.append(f"the embeddings are as they were stored, not in Q8_0: {made}")
+        return _dense(value)
+    data, error = made
+    found.embeddings = {"type": Type.Q8_0.name, "error": round(error, 6)}
+    found.notes.append(
+        f"the embeddings are rounded to Q8_0 (relative error {error:.2g}), which no evaluation of "
+        "the codes sees"
+    )
+    return Type.Q8_0, data
 
 
 def _dense(value: torch.Tensor) -> tuple[Type, NDArray[np.generic]]:

@@ -520,13 +520,16 @@ def run_setup(dims: Dimensions, variant: Mapping[str, Any], dtype: str, engine: 
             continue  # a library's own, such as NF4
     served = [a for a in variant["artifacts"] if (a["format"] == "gguf") == (engine == "llama.cpp")]
     sizes = ((served[0]["tensors"] or {}) if served else {}).get("bytes_by_scheme", {})
-    total = float(sum(size for name, size in sizes.items() if name not in _PLAIN))
+    # Rounded embeddings of a GGUF file have ggml's type alone; linears have their scheme as well.
+    table = float(sizes.get("Q8_0", 0))
+    head = table if table and dims.tied else None
+    total = float(sum(size for name, size in sizes.items() if name not in _PLAIN)) - table
     if not total:
-        return Setup(dims, scheme, plain)
+        return Setup(dims, scheme, plain, head_bytes=head)
     coverage = variant["coverage"] or {}
     inside = coverage.get("quantized_parameters", 0) - coverage.get("head_parameters", 0)
     left = max(0, (coverage.get("block_parameters") or inside) - inside)
-    blocks, head = total, None
+    blocks = total
     layers = (variant["quantization"] or {}).get("layers", [])
     if any(layer["name"] == "lm_head" for layer in layers):
         # The artifact's sizes do not tell the output layer apart: share by parameters.

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
 from compressor.numerics.quantized import QuantizedTensor
@@ -27,6 +28,7 @@ from compressor.numerics.quantized import QuantizedTensor
 BLOCK = 32
 # Of one step of the grid: half of a step is what rounding to the grid costs in the worst case.
 MAX_ERROR = 1 / 16
+_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,30 @@ def to_blocks(tensor: QuantizedTensor) -> Blocks | str:
         quants = halves[:, :, 0] | (halves[:, :, 1] << 4)
     heads = [_block_bytes(part, columns) for part in (d, m) if part is not None]
     return Blocks(kind, np.concatenate([*heads, quants], axis=-1).reshape(len(codes), -1), error)
+
+
+def round_to_q8_0(weight: torch.Tensor) -> tuple[NDArray[np.uint8], float] | str:
+    """A weight [out, in] rounded to the nearest values of Q8_0, bit for bit as llama.cpp does it.
+
+    Returns:
+        Its blocks, uint8 [out, bytes per row], and the length of the error / that of the weight;
+        or the reason why no blocks hold it.
+    """
+    rows, columns = weight.shape
+    if columns % BLOCK:
+        return f"{columns} columns are not whole blocks of {BLOCK}"
+    kind = GGMLQuantizationType.Q8_0
+    data = np.empty((rows, columns // BLOCK * (2 + BLOCK)), np.uint8)
+    error = size = 0.0
+    for start in range(0, rows, _ROWS):  # a part at a time: in float32 they take twice the memory
+        part = weight[start : start + _ROWS].float().numpy()
+        with np.errstate(over="ignore"):  # found out below
+            data[start : start + _ROWS] = blocks = quantize(part, kind)
+        error += float(np.square(dequantize(blocks, kind) - part, dtype=np.float64).sum())
+        size += float(np.square(part, dtype=np.float64).sum())
+    if not np.isfinite(error):
+        return "it has values that float16 scales cannot reach"
+    return data, (error / size) ** 0.5 if size else 0.0
 
 
 def permute_rows(tensor: QuantizedTensor, order: torch.Tensor) -> QuantizedTensor:

@@ -21,7 +21,8 @@ from compressor.export.gguf_model import Layout
 from compressor.export.gguf_vocabulary import splitter
 from compressor.models.architecture import CausalLM
 from compressor.models.checkpoint import Checkpoint
-from compressor.numerics.ggml import to_blocks
+from compressor.numerics import ggml
+from compressor.numerics.ggml import round_to_q8_0, to_blocks
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import Scheme, WeightScheme
 from compressor.quantize import registry
@@ -235,6 +236,103 @@ def test_a_quantized_head_no_longer_shares_the_embeddings(tmp_path: Path) -> Non
     assert written["token_embd.weight"].tensor_type == Type.F32
     ledger = gguf.compare_tensors(source, tmp_path / "out", {"lm_head": "W8A16"})
     assert not ledger.missing and not ledger.added
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 5), blocks=st.integers(1, 3), exponent=st.integers(-8, 8),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_rounding_to_q8_0_is_the_librarys_and_to_the_nearest_value(
+    rows: int, blocks: int, exponent: int, dtype: torch.dtype, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    weight = (torch.randn((rows, 32 * blocks), generator=random) * 2.0**exponent).to(dtype)
+    weight[0, :32] = 0  # a block without a scale
+    found = round_to_q8_0(weight)
+    assert not isinstance(found, str)
+    data, error = found
+    assert np.array_equal(data, library.quants.quantize(weight.float().numpy(), Type.Q8_0))
+    back = torch.from_numpy(library.quants.dequantize(data, Type.Q8_0))
+    steps = weight.float().view(rows, blocks, 32).abs().amax(-1, keepdim=True) / 127
+    # Half of a step, and what float16 rounds off a scale: 2^-11 of 127 steps.
+    off = (back - weight.float()).view(rows, blocks, 32).abs()
+    assert bool((off <= steps * (0.5 + 127 * 2**-11) + 2.0**-24 * 127).all())
+    size = float(weight.float().norm())
+    assert error == pytest.approx(float((back - weight.float()).norm()) / size if size else 0.0)
+
+
+def test_rounding_goes_by_parts_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(70, 64)
+    whole = round_to_q8_0(weight)
+    monkeypatch.setattr(ggml, "_ROWS", 32)
+    parts = round_to_q8_0(weight)
+    assert not isinstance(whole, str) and not isinstance(parts, str)
+    assert np.array_equal(whole[0], parts[0]) and whole[1] == pytest.approx(parts[1])
+    assert "48 columns" in str(round_to_q8_0(torch.randn(2, 48)))
+    assert "float16" in str(round_to_q8_0(torch.full((1, 32), 1e9)))
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_embeddings_are_rounded_when_asked_and_nothing_else_changes(
+    tmp_path: Path, arch: str
+) -> None:
+    """llama's output layer is its embeddings, qwen2's is a matrix of its own."""
+    source, codes = tiny.build(arch, tmp_path / "model"), tmp_path / "codes"
+    quantize(source, codes, torch.float16, scheme="W4A16", group_size=32)
+    gguf.export(source, iterate_quantized(codes), {}, tmp_path / "plain")
+    found = gguf.export(source, iterate_quantized(codes), {}, tmp_path / "out", embeddings="Q8_0")
+    plain, made = read(tmp_path / "plain"), read(tmp_path / "out")
+    assert set(plain) == set(made) and ("output.weight" in made) is (arch == "qwen2")
+    for name, tensor in plain.items():
+        if name == "token_embd.weight":
+            assert made[name].tensor_type == Type.Q8_0
+            wanted = library.quants.quantize(values(tensor).numpy(), Type.Q8_0)
+            assert np.array_equal(made[name].data, wanted)
+            off = values(made[name]) - values(tensor)
+            error = float(off.norm() / values(tensor).norm())
+            assert 0 < error < 0.01
+        else:
+            assert made[name].tensor_type == tensor.tensor_type
+            assert np.array_equal(made[name].data, tensor.data)
+    assert found.embeddings == {"type": "Q8_0", "error": pytest.approx(error, abs=1e-6)}
+    kept = json.loads((tmp_path / "out" / "compression.json").read_text())
+    assert kept["gguf"]["embeddings"] == found.embeddings
+    assert "no evaluation of the codes sees" in field(tmp_path / "out", "general.description")
+    sizes = [(tmp_path / name / gguf.FILE).stat().st_size for name in ("plain", "out")]
+    assert sizes[0] - sizes[1] == pytest.approx(tiny.VOCABULARY * tiny.HIDDEN * 94 / 32, abs=300)
+    names = {name: "W4A16" for name, _, _ in iterate_quantized(codes)}
+    ledger = gguf.compare_tensors(source, tmp_path / "out", names)
+    assert not ledger.missing and not ledger.added
+    assert ledger.bytes_by_scheme["Q8_0"] == tiny.VOCABULARY * tiny.HIDDEN * 34 / 32
+    assert (
+        "embeddings"
+        not in json.loads((tmp_path / "plain" / "compression.json").read_text())["gguf"]
+    )
+
+
+def test_transformers_computes_with_the_rounded_embeddings(tmp_path: Path) -> None:
+    source = tiny.build("llama", tmp_path / "model", max_position_embeddings=8)
+    gguf.export(source, (), {}, tmp_path / "out", embeddings="Q8_0")
+    ours = CausalLM.open(source).load_full(torch.float32)
+    ids = torch.arange(5, 13).unsqueeze(0)
+    with torch.no_grad():
+        before = ours(ids).logits
+        ours.get_input_embeddings().weight.copy_(
+            values(read(tmp_path / "out")["token_embd.weight"])
+        )
+        wanted = ours(ids).logits
+        found = load_by_transformers(tmp_path / "out")(ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert float((before - wanted).abs().max()) > 1e-3
+
+
+def test_embeddings_that_blocks_cannot_hold_stay_and_a_note_says_so(tmp_path: Path) -> None:
+    source = tiny.build("llama", tmp_path / "model", layers=1, hidden_size=48)
+    found = gguf.export(source, (), {}, tmp_path / "out", embeddings="Q8_0")
+    assert read(tmp_path / "out")["token_embd.weight"].tensor_type == Type.F32
+    assert found.embeddings is None and "48 columns are not whole blocks" in found.notes[0]
 
 
 def test_columns_grouped_by_activation_order_are_refused(tmp_path: Path) -> None:

@@ -358,6 +358,9 @@ def test_a_variants_bytes_are_those_of_the_artifact_that_was_served() -> None:
     setup = roofline.run_setup(DENSE, gguf, "Q4_0", "llama.cpp")
     assert (setup.linear_bytes, setup.dtype) == (1100, DENSE.dtype)
     assert roofline.run_setup(DENSE, gguf, "F16", "llama.cpp").dtype == "float16"
+    gguf["artifacts"][1]["tensors"]["bytes_by_scheme"]["Q8_0"] = 300  # embeddings, rounded
+    setup = roofline.run_setup(DENSE, gguf, "Q4_0", "llama.cpp")
+    assert (setup.linear_bytes, setup.output_bytes) == (1100, 300)
     # Linears that were left out count as they are stored.
     coverage = {"block_parameters": 100, "quantized_parameters": 80, "head_parameters": 20}
     left = a_variant(sizes, "compressed-tensors", coverage=coverage)
