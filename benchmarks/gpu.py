@@ -19,22 +19,23 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import random_llama
 import torch
+from transformers import LlamaConfig
 
 from compressor.models.architecture import CausalLM
 from compressor.numerics.scheme import Scheme
-from compressor.quantize.columns import round_columns
+from compressor.quantize.columns import round_columns_loop
 from compressor.quantize.columns_triton import round_columns_triton
 from compressor.quantize.driver import quantize_model
 from compressor.quantize.gptq import GPTQ, GPTQOptions, inverse_factor
 
-SAMPLES, LENGTH = 128, 2048
+SAMPLES, LENGTH, TOKENS = 128, 2048, 49152
 
 
 def seconds(work: Callable[[], Any], repeats: int = 10) -> float:
@@ -87,8 +88,8 @@ def kernels() -> list[dict[str, Any]]:
         codes_of = {}
         for label, function, on, dtype in (
             ("kernel", round_columns_triton, "cuda", torch.float32),
-            ("loop", _loop, "cuda", torch.float32),
-            ("reference", _loop, "cpu", torch.float64),
+            ("loop", round_columns_loop, "cuda", torch.float32),
+            ("reference", round_columns_loop, "cpu", torch.float64),
         ):
             inputs = [t if t is None else t.to(on, dtype) for t in (block, factor, scale, zero)]
             codes = torch.empty(width, out, dtype=torch.int8, device=on)
@@ -120,76 +121,22 @@ def _round(function: Any, inputs: Any, scheme: Any, codes: Any, errors: Any) -> 
     function(block.clone(), factor, scale, zero, scheme, columns, codes, errors)
 
 
-def _loop(*args: Any) -> None:
-    from unittest.mock import patch
-
-    with patch("compressor.quantize.columns.has_triton", lambda: False):
-        round_columns(*args)
-
-
 def build(directory: Path, layers: int) -> int:
     """A model with the shapes of Llama-3.1-8B; returns its bytes."""
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig
-
-    hidden, intermediate, vocabulary = 4096, 14336, 128256
-    LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=32, num_key_value_heads=8, vocab_size=vocabulary, head_dim=128,
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers,
+        num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, head_dim=128,
         max_position_embeddings=8192, rope_theta=500000.0, rms_norm_eps=1e-5,
-        tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"],
-        bos_token_id=1, eos_token_id=2,
-    ).save_pretrained(directory)  # fmt: skip
-    torch.manual_seed(0)
-
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) / columns**0.5
-
-    index: dict[str, str] = {}
-    total = 0
-
-    pool = ThreadPoolExecutor(8)
-
-    def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
-        nonlocal total
-        copied = {k: v.cpu() for k, v in tensors.items()}
-        pool.submit(save_file, copied, directory / name, {"format": "pt"})
-        index.update(dict.fromkeys(tensors, name))
-        total += sum(v.nbytes for v in tensors.values())
-
-    head = matrix(vocabulary, hidden)
-    head[49152:] = 0  # a tokenizer of fewer tokens can be laid beside: those beyond it never win
-    ends = {
-        "model.embed_tokens.weight": matrix(vocabulary, hidden),
-        "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
-        "lm_head.weight": head,
-    }
-    save("model-ends.safetensors", ends)
-    for i in range(layers):
-        p = f"model.layers.{i}."
-        block = {
-            f"{p}self_attn.q_proj.weight": matrix(hidden, hidden),
-            f"{p}self_attn.k_proj.weight": matrix(1024, hidden),
-            f"{p}self_attn.v_proj.weight": matrix(1024, hidden),
-            f"{p}self_attn.o_proj.weight": matrix(hidden, hidden),
-            f"{p}mlp.gate_proj.weight": matrix(intermediate, hidden),
-            f"{p}mlp.up_proj.weight": matrix(intermediate, hidden),
-            f"{p}mlp.down_proj.weight": matrix(hidden, intermediate),
-        }
-        for norm in ("input", "post_attention"):
-            block[f"{p}{norm}_layernorm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
-        save(f"model-{i:05d}.safetensors", block)
-    pool.shutdown()
-    content = {"metadata": {"total_size": total}, "weight_map": index}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(content))
-    return total
+        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return random_llama.write(directory, config, "cuda", TOKENS)
 
 
 def quantize(model: Path, gigabytes: float) -> dict[str, Any]:
     """GPTQ on the whole model, within some gigabytes of the device."""
     output = model.with_name("quantized")
     shutil.rmtree(output, ignore_errors=True)
-    tokens = np.random.default_rng(0).integers(0, 49152, (SAMPLES, LENGTH)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, TOKENS, (SAMPLES, LENGTH)).astype(np.int32)
     options = {"scheme": "W4A16", "group_size": 128, "observer": "output", "desc_act": True}
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
@@ -248,7 +195,6 @@ def main() -> None:
             try:
                 if name == "quantize":
                     if not (model / "model.safetensors.index.json").exists():
-                        model.mkdir(parents=True, exist_ok=True)
                         facts["model_bytes"] = build(model, args.layers)
                         facts["build_s"] = time.perf_counter() - started
                     facts[name] = quantize(model, args.gigabytes)

@@ -27,15 +27,14 @@ from typing import Any
 
 import numpy as np
 import psutil
+import random_llama
 import torch
 from safetensors import safe_open
 from transformers import LlamaConfig
 
 from compressor.models.architecture import CausalLM
-from compressor.models.checkpoint import TensorWriter
 
 HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 2048, 5632, 16, 32000
-SHARD_BYTES = 1_000_000_000
 
 
 def build(directory: Path, gigabytes: float) -> tuple[int, int]:
@@ -49,32 +48,8 @@ def build(directory: Path, gigabytes: float) -> tuple[int, int]:
         num_hidden_layers=layers,
         vocab_size=VOCABULARY,
         tie_word_embeddings=True,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
     )
-    directory.mkdir(parents=True)
-    config.save_pretrained(directory)
-    random = torch.Generator().manual_seed(0)
-
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        value = torch.randn(rows, columns, generator=random) / columns**0.5
-        return value.to(torch.bfloat16)
-
-    writer = TensorWriter(directory, SHARD_BYTES)
-    writer.add("model.embed_tokens.weight", matrix(VOCABULARY, HIDDEN))
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        for name in ("q", "k", "v", "o"):
-            writer.add(f"{prefix}.self_attn.{name}_proj.weight", matrix(HIDDEN, HIDDEN))
-        for name in ("gate", "up"):
-            writer.add(f"{prefix}.mlp.{name}_proj.weight", matrix(INTERMEDIATE, HIDDEN))
-        writer.add(f"{prefix}.mlp.down_proj.weight", matrix(HIDDEN, INTERMEDIATE))
-        for name in ("input", "post_attention"):
-            ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
-            writer.add(f"{prefix}.{name}_layernorm.weight", ones)
-    writer.add("model.norm.weight", torch.ones(HIDDEN, dtype=torch.bfloat16))
-    writer.close()
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors")), layers
+    return random_llama.write(directory, config), layers
 
 
 def quantize(model_dir: Path, output: Path, samples: int) -> None:

@@ -293,7 +293,8 @@ def export(context: Context) -> dict[str, Any]:
     from compressor.quantize.bitsandbytes import iterate_tensors
     from compressor.quantize.codes import iterate_quantized, kv_scales, replaced_tensors
 
-    load, quantized, notes = context.need("load"), context.find("quantize"), list[str]()
+    load, quantized = context.need("load"), context.find("quantize")
+    notes: list[str] = []
     # Keys of the inputs identify every setting that made this artifact; times stay out of it.
     provenance = {
         "tool": "compressor",

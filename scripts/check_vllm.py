@@ -33,10 +33,9 @@ from compressor.measure.engines.vllm import SERVED_NAME, VllmServer
 
 @torch.no_grad()
 def reference_tokens(
-    directory: Path, prompts: list[list[int]], count: int, dtype: torch.dtype
+    model: torch.nn.Module, prompts: list[list[int]], count: int
 ) -> list[list[int]]:
     """Greedy continuations by the dequantized model; EOS is a token like any other."""
-    model = load_model(directory, kernel="reference", dtype=dtype)
     found = []
     for prompt in prompts:
         step, cache, tokens = torch.tensor([prompt]), None, []
@@ -49,9 +48,8 @@ def reference_tokens(
 
 
 @torch.no_grad()
-def reference_loss(directory: Path, text: list[int], dtype: torch.dtype) -> float:
+def reference_loss(model: torch.nn.Module, text: list[int]) -> float:
     """Mean negative log-likelihood of a text's tokens after the first [nats]."""
-    model = load_model(directory, kernel="reference", dtype=dtype)
     logits = model(torch.tensor([text])).logits[0, :-1].float()
     return float(torch.nn.functional.cross_entropy(logits, torch.tensor(text[1:])))
 
@@ -95,9 +93,10 @@ def check(directory: Path, python: Path, args: argparse.Namespace) -> dict[str, 
             result["error"] = str(error)
             return result
     dtype = getattr(torch, args.reference_dtype)
-    result["loss"] = reference_loss(directory, text, dtype)
+    model = load_model(directory, kernel="reference", dtype=dtype)
+    result["loss"] = reference_loss(model, text)
     result["apart"] = abs(result["served_loss"] / result["loss"] - 1)
-    own = reference_tokens(directory, prompts, args.tokens, dtype)
+    own = reference_tokens(model, prompts, args.tokens)
     result["agree"] = sum(a == b for a, b in zip(served, own, strict=True))
     result["first_difference"] = [
         next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)

@@ -65,8 +65,7 @@ def free_bytes(device: Any = "cpu") -> int:
     if str(device).startswith("cuda"):
         import torch  # the plan asks for the CPU's, and does without torch
 
-        index = torch.device(device).index
-        device = torch.cuda.current_device() if index is None else index
+        device = gpu_index(device)
         free, total = torch.cuda.mem_get_info(device)
         used, taken = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
         allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
@@ -83,6 +82,14 @@ def free_bytes(device: Any = "cpu") -> int:
     except (OSError, ValueError):
         pass
     return max(free, 0)
+
+
+def gpu_index(device: Any) -> int:
+    """Number of a GPU; of the one in use where ``device`` names none."""
+    import torch
+
+    index = torch.device(device).index
+    return torch.cuda.current_device() if index is None else index
 
 
 def training_bytes(

@@ -1,8 +1,9 @@
 """The inner loop of GPTQ: columns of one block rounded one after the other.
 
-`round_columns` is a loop of tensor operations. On a GPU each of those is a launch of a few
+`round_columns_loop` is made of tensor operations. On a GPU each of those is a launch of a few
 microseconds, seven a column, for some nanoseconds of work; there the whole loop is one kernel
 (`columns_triton.py`), with the same result up to the rounding of fused multiply-adds.
+`round_columns` takes whichever fits.
 """
 
 from __future__ import annotations
@@ -43,7 +44,21 @@ def round_columns(
         from compressor.quantize.columns_triton import round_columns_triton
 
         round_columns_triton(block, factor, scale, zero, scheme, columns, codes, errors)
-        return
+    else:
+        round_columns_loop(block, factor, scale, zero, scheme, columns, codes, errors)
+
+
+def round_columns_loop(
+    block: torch.Tensor,
+    factor: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    scheme: WeightScheme,
+    columns: range,
+    codes: torch.Tensor,
+    errors: torch.Tensor,
+) -> None:
+    """See `round_columns`; of any scheme, on any device."""
     for i in columns:
         step, offset = scale[i], None if zero is None else zero[i]
         code = grid.round_to_grid(block[i], step, offset, scheme)

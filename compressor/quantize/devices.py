@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from compressor.numerics.memory import gpu_index
+
 _Result = TypeVar("_Result")
 
 
@@ -15,8 +17,7 @@ def solving_devices(device: str) -> list[str]:
     """Where linears are solved by default: ``device``, and every other GPU if it is one."""
     if torch.device(device).type != "cuda":
         return [device]
-    first = torch.device(device).index
-    first = torch.cuda.current_device() if first is None else first
+    first = gpu_index(device)
     others = [f"cuda:{i}" for i in range(torch.cuda.device_count()) if i != first]
     return [f"cuda:{first}", *others]
 

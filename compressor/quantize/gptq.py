@@ -9,6 +9,7 @@ current block of ``block_size`` get their updates in one matrix product.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -176,45 +177,34 @@ class GPTQ:
             block = left[start:stop].clone()
             errors = torch.empty_like(block)
             local = factor[start:stop, start:stop]
-            i = 0
-            while i < stop - start:
-                column = start + i
-                if fixed:
-                    end = stop - start
-                    index = torch.zeros(end, dtype=torch.int64, device=weight.device)
-                    if groups > 1:
-                        assert order is not None
-                        index = order[start:stop] // width
-                    steps = scale.T[index]
-                    offsets = None if zero is None else zero.T[index]
-                else:
-                    group = column // width
-                    end = min((group + 1) * width, stop) - start
-                    if column % width == 0:
-                        # The group's grid comes from its weights as they stand now, those beyond
-                        # this block (which have not had this block's updates yet) brought up to
-                        # date first.
-                        ahead = left[column : column + width].clone()
-                        inside = min(column + width, stop) - column
-                        ahead[:inside] = block[i : i + inside]
-                        if inside < width and i:
-                            ahead[inside:] -= (
-                                factor[start:column, stop : column + width].T @ errors[:i]
-                            )
-                        members = torch.arange(column, column + width, device=weight.device)
-                        members = members if order is None else order[members]
-                        one, one_zero = self._fit(
-                            ahead.T.contiguous(), hessian[members][:, members]
-                        )
-                        scale[:, group] = one[:, 0]
-                        if zero is not None and one_zero is not None:
-                            zero[:, group] = one_zero[:, 0].float()
-                    steps = scale[:, group].contiguous().expand(stop - start, rows)
-                    offsets = None if zero is None else zero[:, group].contiguous().expand_as(steps)
+            # From one edge to the next all columns have their grids.
+            edges = range(start - start % width + width, stop, width) if not fixed else ()
+            for first, last in itertools.pairwise((start, *edges, stop)):
+                if not fixed and first % width == 0:
+                    # The group's grid comes from its weights as they stand now, those beyond this
+                    # block (which have not had this block's updates yet) brought up to date first.
+                    ahead = left[first : first + width].clone()
+                    done, inside = first - start, min(first + width, stop) - first
+                    ahead[:inside] = block[done : done + inside]
+                    if inside < width and done:
+                        late = factor[start:first, stop : first + width]
+                        ahead[inside:] -= late.T @ errors[:done]
+                    members = torch.arange(first, first + width, device=weight.device)
+                    members = members if order is None else order[members]
+                    one, one_zero = self._fit(ahead.T.contiguous(), hessian[members][:, members])
+                    scale[:, first // width] = one[:, 0]
+                    if zero is not None and one_zero is not None:
+                        zero[:, first // width] = one_zero[:, 0].float()
+                group: int | torch.Tensor = first // width  # of all these columns
+                if fixed and groups > 1:
+                    assert order is not None
+                    group = order[start:stop] // width  # of each
+                steps = _by_column(scale, group, stop - start)
+                offsets = None if zero is None else _by_column(zero, group, stop - start)
                 round_columns(
-                    block, local, steps, offsets, scheme, range(i, end), codes[start:stop], errors
-                )
-                i = end
+                    block, local, steps, offsets, scheme, range(first - start, last - start),
+                    codes[start:stop], errors,
+                )  # fmt: skip
             left[start:stop] = block
             if stop < columns:
                 left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
@@ -239,6 +229,17 @@ class GPTQ:
         return grid.fit_grid(
             weight, scheme.weights, self.options.observer, self.scale_dtype, hessian
         )
+
+
+def _by_column(grid: torch.Tensor, group: int | torch.Tensor, columns: int) -> torch.Tensor:
+    """Scales or zero points [out, groups] as `round_columns` wants them, [columns, out].
+
+    Args:
+        group: of all columns, or int64 [columns] of each.
+    """
+    if isinstance(group, int):
+        return grid[:, group].contiguous().expand(columns, -1)
+    return grid.T[group]
 
 
 def inverse_factor(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:

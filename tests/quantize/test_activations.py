@@ -15,6 +15,7 @@ from compressor.errors import RunError
 from compressor.models.architecture import CausalLM
 from compressor.quantize import activations, driver, registry, stream
 from tests import tiny
+from tests.quantize.cuts import Cut, cut_after
 
 TOKENS = np.random.default_rng(0).integers(4, 300, (6, 32)).astype(np.int32)
 
@@ -53,14 +54,8 @@ def test_a_file_gives_the_bytes_that_memory_gives(
     assert all("on disk" in note for note in notes)
     assert files(tmp_path / "disk") == files(tmp_path / "memory")
 
-    class Cut(Exception):
-        pass
-
-    def cut(note: str) -> None:
-        raise Cut
-
     with pytest.raises(Cut):
-        quantize(tmp_path, "parts", cut, **settings)
+        quantize(tmp_path, "parts", cut_after(), **settings)
     # No name in the directory that a kill could leave there.
     assert sorted(files(tmp_path / "parts")) == [
         "block-00000.safetensors", "layers.jsonl", "resume.safetensors",
@@ -76,15 +71,9 @@ def test_one_file_takes_up_what_memory_left(
     tiny.build("llama", tmp_path / "model", layers=3)
     monkeypatch.setattr(stream, "CHECKPOINT_SECONDS", 0.0)
 
-    class Cut(Exception):
-        pass
-
-    def cut(note: str) -> None:
-        raise Cut
-
     quantize(tmp_path, "whole")
     with pytest.raises(Cut):
-        quantize(tmp_path, "parts", cut)
+        quantize(tmp_path, "parts", cut_after())
     monkeypatch.setattr(activations, "ACTIVATIONS_SHARE", 0.0)
     assert quantize(tmp_path, "parts")["activations"] == "disk"
     assert files(tmp_path / "parts") == files(tmp_path / "whole")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compressor.numerics.scheme import Scheme, WeightScheme
-from compressor.quantize.columns import round_columns
+from compressor.quantize.columns import round_columns_loop
 from compressor.quantize.gptq import inverse_factor
 
 pytest.importorskip("triton")
@@ -64,7 +64,7 @@ def test_kernel_is_the_loop(
     inputs = problem(length, rows, scheme)
     step = split or length
     columns = [range(i, min(i + step, length)) for i in range(0, length, step)]
-    loop = run(round_columns, inputs, scheme, columns, "cpu")
+    loop = run(round_columns_loop, inputs, scheme, columns, "cpu")
     kernel = run(round_columns_triton, inputs, scheme, columns, DEVICE)
     # A fused multiply-add may push a number over a tie, and its row goes another way from there.
     same = (loop[1] == kernel[1]).all(0)

@@ -26,6 +26,7 @@ from compressor.quantize.codes import (
 )
 from compressor.quantize.statistics import InputStatistics
 from tests import tiny
+from tests.quantize.cuts import Cut, cut_after
 
 TOKENS = np.random.default_rng(0).integers(4, 300, (6, 32)).astype(np.int32)
 
@@ -355,16 +356,9 @@ def test_a_walk_cut_short_goes_on_to_the_same_bytes(
             kv_cache=KV_CACHE[kv_cache] if kv_cache else None,
         )  # fmt: skip
 
-    class Cut(Exception):
-        pass
-
-    def cut(note: str) -> None:
-        if note.startswith("block 1"):
-            raise Cut
-
     run("whole")
     with pytest.raises(Cut):
-        run("parts", cut)
+        run("parts", cut_after("block 1"))
     with open(tmp_path / "parts" / "layers.jsonl", "a") as file:
         file.write('{"block": 2, "na')  # as a kill in the middle of a write leaves it
     assert run("parts")["resumed_at_block"] == 2

@@ -14,6 +14,7 @@ from compressor.errors import RunError
 from compressor.models.architecture import CausalLM
 from compressor.quantize import codes, driver, head, registry, stream
 from tests import tiny
+from tests.quantize.cuts import Cut, cut_after
 
 TOKENS = np.random.default_rng(0).integers(4, 300, (6, 32)).astype(np.int32)
 IDS = torch.from_numpy(TOKENS.astype(np.int64))
@@ -187,16 +188,10 @@ def test_rows_share_one_order_of_groups_though_some_parts_fall_back(
     assert torch.equal(found.tensor.codes, expected.tensor.codes)
 
 
-class Cut(Exception):
-    pass
-
-
 @pytest.mark.parametrize("name", ["rtn", "gptq"])
-@pytest.mark.parametrize(
-    ("cut_after", "resumed_at"), [("block 1", 2), ("block 2", 3), ("lm_head", 4)]
-)
+@pytest.mark.parametrize(("last", "resumed_at"), [("block 1", 2), ("block 2", 3), ("lm_head", 4)])
 def test_a_walk_cut_short_goes_on_to_the_same_head(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, cut_after: str, resumed_at: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, last: str, resumed_at: int
 ) -> None:
     tiny.build("llama", tmp_path / "model", layers=3)
     monkeypatch.setattr(stream, "CHECKPOINT_SECONDS", 0.0)
@@ -207,13 +202,9 @@ def test_a_walk_cut_short_goes_on_to_the_same_head(
             head=algorithm(name), tokens=TOKENS, batch_size=4, advance=advance,
         )  # fmt: skip
 
-    def cut(note: str) -> None:
-        if note.startswith(cut_after):
-            raise Cut
-
     run("whole")
     with pytest.raises(Cut):
-        run("parts", cut)
+        run("parts", cut_after(last))
     assert run("parts")["resumed_at_block"] == resumed_at
     names = {path.name for path in (tmp_path / "whole").iterdir()}
     assert "head.safetensors" in names

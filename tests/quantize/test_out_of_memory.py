@@ -13,6 +13,7 @@ from compressor.errors import RunError
 from compressor.models.architecture import CausalLM
 from compressor.quantize import codes, driver, registry, stream
 from tests import tiny
+from tests.quantize.cuts import Cut, cut_after
 
 TOKENS = np.random.default_rng(0).integers(4, 300, (12, 16)).astype(np.int32)
 GPTQ = registry.get("gptq")
@@ -102,13 +103,6 @@ def test_a_resumed_walk_keeps_to_the_smaller_batch(
     tiny.build("llama", tmp_path / "model", layers=4)
     monkeypatch.setattr(stream, "CHECKPOINT_SECONDS", 0.0)
 
-    class Cut(Exception):
-        pass
-
-    def cut(note: str) -> None:
-        if note.startswith("block 1"):
-            raise Cut
-
     for out in ("whole", "parts"):
         model = CausalLM.open(tmp_path / "model")
         limit(model, "mlp.down_proj", 2)
@@ -116,7 +110,7 @@ def test_a_resumed_walk_keeps_to_the_smaller_batch(
             quantize(tmp_path, out, model, 4)
         else:
             with pytest.raises(Cut):
-                quantize(tmp_path, out, model, 4, advance=cut)
+                quantize(tmp_path, out, model, 4, advance=cut_after("block 1"))
     notes: list[str] = []
     model = CausalLM.open(tmp_path / "model")
     facts, _ = quantize(tmp_path, "parts", model, 4, advance=notes.append)
