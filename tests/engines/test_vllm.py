@@ -61,21 +61,7 @@ def test_int8_loads_and_answers(python: Path, artifacts: Path, tmp_path: Path) -
 
 
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize(
-    "layout",
-    [
-        "mixtral",
-        pytest.param(
-            "qwen3_moe",
-            marks=pytest.mark.xfail(
-                torch.cpu._is_amx_tile_supported(),
-                reason="open fault: on CPUs with AMX the walk refuses this layout, saying that its "
-                "blocks get inputs that depend on the text",
-                strict=False,
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("layout", ["mixtral", "qwen3_moe"])
 def test_mixture_of_experts_is_served(
     python: Path, artifacts: Path, tmp_path: Path, layout: str
 ) -> None:

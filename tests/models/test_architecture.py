@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,19 @@ def test_blocks_that_get_more_of_the_text_are_refused(
     model.embed(ids[:1])
     with pytest.raises(RunError, match="depend on the text"):
         model.embed(ids[:1].flip(1))
+
+
+@pytest.mark.parametrize(("error", "refused"), [(2e-4, False), (2e-2, True)])
+def test_rounding_of_the_blocks_inputs_is_no_dependence_on_the_text(
+    directories: dict[str, Path], ids: torch.Tensor, error: float, refused: bool
+) -> None:
+    model = CausalLM.open(directories["llama"])
+    model.embed(ids)
+    model.model.model.rotary_emb.register_forward_hook(
+        lambda _, __, tables: tuple(table + error for table in tables)
+    )
+    with pytest.raises(RunError, match="depend on the text") if refused else nullcontext():
+        model.embed(ids)
 
 
 @pytest.mark.parametrize("arch", tiny.ARCHITECTURES)
