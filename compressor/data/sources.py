@@ -16,6 +16,7 @@ _BUILTIN = {
     "web": "web.jsonl",
     "questions": "questions.jsonl",
     "prompts": "prompts.jsonl",
+    "instructions": "instructions.jsonl",
 }
 _SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
 
