@@ -299,9 +299,7 @@ def _answer(
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
     length = max(map(len, prompts))
     ids = torch.tensor([[_PADDING] * (length - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor(
-        [[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device
-    )
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
     padded = bool((mask == 0).any())
     cache = DynamicCache(config=model.config)
     answers: list[list[int]] = [[] for _ in prompts]
