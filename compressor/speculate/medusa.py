@@ -6,13 +6,11 @@ the token at t + 1, head i (from 0) the token at t + 2 + i. A head is ``layers``
 x + SiLU(W x + b), W and b starting at zero, and an output layer that starts as the target's.
 
 Medusa-1 (`train_medusa`) leaves the target as it is, quantized or not, and reads its states from
-disk. Medusa-2 (`train_jointly`) then trains the target as well, at a lower rate and held to what it
-was by the KL divergence from its own distributions before (self-distillation).
+disk. Medusa-2 goes on from there: see `medusa_joint.py`.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from compressor.errors import RunError
-from compressor.models.head import CausalModel, Head, last_hidden
+from compressor.models.head import Head
 from compressor.speculate.corpus import Corpus, Part
 from compressor.speculate.features import Features
 from compressor.speculate.losses import Kind, Target, output_losses, ranks, top_k_accuracy
@@ -53,15 +51,6 @@ class MedusaOptions(SpeculatorOptions):
     )
     loss: Kind = Field("cross_entropy", description="See `compressor.speculate.losses`.")
     decay: float = Field(0.8, gt=0, le=1, description="Weight of each head's loss over the last's.")
-
-
-class JointOptions(MedusaOptions):
-    """Options of Medusa-2's second stage."""
-
-    epochs: int = Field(2, ge=1, description="Times that every sample is trained on.")
-    learning_rate: float = Field(4e-5, gt=0, description="Of the heads, at its peak.")
-    backbone_rate: float = Field(0.25, gt=0, description="The target's rate over the heads'.")
-    heads_weight: float = Field(0.2, gt=0, description="Of the heads' losses beside the target's.")
 
 
 class _Block(nn.Module):
@@ -239,7 +228,7 @@ def train_medusa(
         return features.hidden(row).to(device).float()
 
     def backward(rows: Sequence[int], weight: float) -> dict[str, float]:
-        batch = _Batch(corpus, rows, states, device)
+        batch = Batch(corpus, rows, states, device)
         target = batch.target(options.loss, head, heads.token_map)
         loss = batch.loss(heads, target, options, weight)
         loss.backward()
@@ -249,7 +238,7 @@ def train_medusa(
         {name: p for name, p in heads.named_parameters() if p.requires_grad},
         backward,
         lambda: held_out_accuracy(heads, corpus, states),
-        _trainable(corpus, options.heads),
+        trainable(corpus),
         options,
         directory,
         size=lambda row: places(corpus, row),
@@ -263,7 +252,7 @@ def places(corpus: Corpus, row: int) -> int:
     return max(int(corpus.lengths[row]) - int(corpus.starts[row]) - 1, 0)
 
 
-def _trainable(corpus: Corpus, heads: int) -> list[int]:
+def trainable(corpus: Corpus) -> list[int]:
     """Samples of the training part that are long enough to say something.
 
     Raises:
@@ -278,7 +267,7 @@ def _trainable(corpus: Corpus, heads: int) -> list[int]:
     return [row for row in corpus.rows("train") if places(corpus, row)]
 
 
-class _Batch:
+class Batch:
     """Samples laid out by the place s whose next token, at s + 1, is predicted: by the target from
     its state at s, by head i from the state at s - 1 - i.
 
@@ -385,129 +374,3 @@ def held_out_accuracy(
         "tokens_per_step": said / max(steps, 1),
         "top": [top_k_accuracy(torch.cat(ranked), TOP) for ranked in by_head],
     }
-
-
-def train_jointly(
-    model: CausalModel,
-    heads: MedusaHeads,
-    corpus: Corpus,
-    features: Features,
-    options: JointOptions,
-    directory: Path,
-    *,
-    advance: Callable[[str], None] = lambda note: None,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Medusa-2's second stage: heads that are trained already, and the target with them, in place.
-
-    Its loss is KL(target before || target) + ``heads_weight`` x that of the heads; what the target
-    was is made again from the features.
-
-    Args:
-        model: a transformers causal LM in float32, not quantized.
-        heads: from `train_medusa`.
-        corpus, features: as there.
-        options: see `JointOptions`; those of the heads' shape are not read.
-        directory: for checkpoints, another one than the first stage's.
-        advance: called with a note after each step.
-
-    Returns:
-        the model's changed parameters by name, and what `training.train` returns; evaluations hold
-        ``backbone_kl`` too, nats per token from what the target was.
-
-    Raises:
-        RunError: the target is quantized, not in float32, or its output layer has a bias; and as
-            `train_medusa`.
-    """
-    output = _check_backbone(model)
-    device = output.weight.device
-    before = Head(copy.deepcopy(output), model.config)
-    model.requires_grad_(True)
-    backbone = dict(model.named_parameters())
-    after = Head(output, model.config)
-
-    def original(row: int) -> torch.Tensor:
-        return features.hidden(row).to(device).float()
-
-    def current(rows: Sequence[int]) -> States:
-        """States of these samples by the model as it is, all in one pass."""
-        longest = int(corpus.lengths[list(rows)].max())
-        ids = torch.from_numpy(corpus.tokens[list(rows), :longest].astype("int64")).to(device)
-        made = last_hidden(model, ids)
-        return {row: made[i, : corpus.lengths[row]] for i, row in enumerate(rows)}.__getitem__
-
-    def backbone_loss(
-        batch: _Batch, rows: Sequence[int], weight: float
-    ) -> tuple[Target, torch.Tensor]:
-        wanted = _Batch(corpus, rows, original, device)
-        target = Target(wanted.tokens, wanted.hidden[wanted.at], before)
-        losses = output_losses(
-            [batch.hidden[batch.at]],
-            [after.lm_head.weight],  # type: ignore[list-item]
-            target,
-            "kl",
-            [torch.full((len(batch.at),), weight, device=device)],
-            scale=after.scale,
-            softcap=after.softcap,
-        )
-        return target, losses.total
-
-    def backward(rows: Sequence[int], weight: float) -> dict[str, float]:
-        batch = _Batch(corpus, rows, current(rows), device)
-        target, kept = backbone_loss(batch, rows, weight)
-        reduced = Target(target.tokens, target.hidden, target.head, heads.token_map)
-        drafts = batch.loss(heads, reduced, options, weight * options.heads_weight)
-        (kept + drafts).backward()
-        found = {"backbone_kl": float(kept.detach()), "heads": float(drafts.detach())}
-        return {
-            name: value / weight for name, value in {**found, "loss": sum(found.values())}.items()
-        }
-
-    def evaluate() -> dict[str, Any]:
-        rows = [row for row in corpus.rows("held_out") if places(corpus, row)]
-        divergence = 0.0
-        for row in rows:
-            batch = _Batch(corpus, [row], current([row]), device)
-            divergence += float(backbone_loss(batch, [row], 1.0)[1])
-        figures = held_out_accuracy(heads, corpus, lambda row: current([row])(row))
-        total = sum(places(corpus, row) for row in rows)
-        return {**figures, "backbone_kl": divergence / total}
-
-    drafts = {name: p for name, p in heads.named_parameters() if p.requires_grad}
-    try:
-        facts = train(
-            {
-                **{f"heads.{name}": p for name, p in drafts.items()},
-                **{f"backbone.{name}": p for name, p in backbone.items()},
-            },
-            backward,
-            evaluate,
-            _trainable(corpus, len(heads.blocks)),
-            options,
-            directory,
-            size=lambda row: places(corpus, row),
-            advance=advance,
-            groups={f"backbone.{name}": options.backbone_rate for name in backbone},
-        )
-    finally:
-        model.requires_grad_(False)
-        for parameter in backbone.values():
-            parameter.grad = None
-    return {name: p.detach() for name, p in backbone.items()}, facts
-
-
-def _check_backbone(model: CausalModel) -> nn.Linear:
-    """The output layer of a model that can be trained with its heads.
-
-    Raises:
-        RunError: it cannot.
-    """
-    output = model.get_output_embeddings()
-    dense = all(p.dtype == torch.float32 for p in model.parameters())
-    if not isinstance(output, nn.Linear) or output.bias is not None or not dense:
-        raise RunError(
-            "Medusa-2 trains the target's weights: they must be in float32, none quantized, and "
-            "the output layer without a bias",
-            where=type(model).__name__,
-            fix="train the heads alone (Medusa-1), or on the model before it is quantized",
-        )
-    return output
