@@ -256,7 +256,7 @@ class _Writer:
 
     def write(self, name: str, row: int, states: torch.Tensor) -> None:
         """States [length, width] of a sample into one of the files."""
-        values: np.ndarray = states.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy()
+        values: Any = states.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy()
         data = memoryview(values.reshape(-1)).cast("B")
         place = int(self._starts[row]) * self._widths[name] * _BYTES
         while data:
