@@ -91,13 +91,14 @@ class Eagle3Config:
 def default_aux_layers(blocks: int) -> tuple[int, ...]:
     """Three depths, as vLLM takes them where a head names none: 2, the middle, three from the end.
 
-    Where those are not three different ones (fewer than seven blocks), spread over the blocks.
+    Where those are not three different ones (fewer than seven blocks), spread over the blocks; as
+    many as there are blocks, where those are fewer than three.
     """
     layers = (2, blocks // 2, blocks - 3)
     if layers[0] < layers[1] < layers[2]:
         return layers
-    spread = sorted({blocks // 4, blocks // 2, max(blocks - 1, 1)})
-    return tuple(spread) if len(spread) == 3 else tuple(range(min(blocks + 1, 3)))
+    spread = sorted({blocks // 4, blocks // 2, blocks - 1})
+    return tuple(spread) if len(spread) == 3 else tuple(range(min(blocks, 3)))
 
 
 def config_for(
@@ -123,12 +124,12 @@ def config_for(
     text = target.get_text_config()
     blocks, hidden = text.num_hidden_layers, text.hidden_size
     layers = tuple(sorted(set(aux_layers))) if aux_layers else default_aux_layers(blocks)
-    if layers[0] < 0 or layers[-1] > blocks:
+    if layers[0] < 0 or layers[-1] >= blocks:
         raise RunError(
             f"features after blocks {', '.join(map(str, layers))} were asked for, "
             f"and the target has {blocks}",
             where="aux_layers",
-            fix=f"give counts from 0 (the embeddings) to {blocks}",
+            fix=f"give counts from 0 (the embeddings) to {blocks - 1}",
         )
     if not 0 < draft_vocab_size <= text.vocab_size:
         raise RunError(
