@@ -22,6 +22,7 @@ from torch import nn
 
 from compressor.errors import RunError
 from compressor.models.checkpoint import drop_unfinished, save_whole
+from compressor.speculate.processes import processes
 
 STATE = "training.safetensors"  # while it goes on
 BEST = "best.safetensors"
@@ -137,7 +138,7 @@ class _Run:
         self.options = options
         self.directory = directory
         self.device = next(iter(parameters.values())).device
-        self.processes = _together() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else _Alone()
+        self.processes = processes()
         self.optimizer = torch.optim.AdamW(
             [
                 {
@@ -336,76 +337,6 @@ class _Run:
         self.facts["seconds"] += now - self._since
         self._since = now
         return self.facts["seconds"]
-
-
-class _Alone:
-    """One process."""
-
-    rank = 0
-
-    def share(self, rows: Sequence[int]) -> Sequence[int]:
-        """This process's samples of a step."""
-        return rows
-
-    def add(self, values: list[float]) -> list[float]:
-        """Sums over all processes."""
-        return values
-
-    def add_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Sum gradients over all processes, in place."""
-
-    def agree(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Give all processes the first one's values."""
-
-    def first(self, value: Any) -> Any:
-        """What the first process has; it must be JSON."""
-        return value
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-
-
-class _Together(_Alone):
-    """One of several processes, started by ``accelerate launch`` or torchrun."""
-
-    def __init__(self, state: Any) -> None:
-        self.state = state
-        self.rank = state.process_index
-
-    def share(self, rows: Sequence[int]) -> Sequence[int]:
-        return rows[self.rank :: self.state.num_processes]
-
-    def add(self, values: list[float]) -> list[float]:
-        sums = torch.tensor(values, dtype=torch.float64, device=self.state.device)
-        torch.distributed.all_reduce(sums)
-        return sums.tolist()
-
-    def add_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        for parameter in parameters.values():
-            torch.distributed.all_reduce(parameter.grad)
-
-    def agree(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        for parameter in parameters.values():
-            torch.distributed.broadcast(parameter.data, 0)
-
-    def first(self, value: Any) -> Any:
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        length = torch.tensor([len(text)], device=self.state.device)
-        torch.distributed.broadcast(length, 0)
-        held = torch.zeros(int(length), dtype=torch.uint8, device=self.state.device)
-        if self.rank == 0:
-            held.copy_(text)
-        torch.distributed.broadcast(held, 0)
-        return json.loads(bytes(held.cpu().tolist()))
-
-    def wait(self) -> None:
-        self.state.wait_for_everyone()
-
-
-def _together() -> _Alone:
-    from accelerate import PartialState
-
-    return _Together(PartialState())
 
 
 def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
