@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compressor.errors import RunError
 from compressor.models.head import Head
+from compressor.speculate.medusa import output_weight
 
 _CHUNK = 256  # queries whose scores are in memory at once while training
 # Kinds of rotary positions that depend on nothing but the position.
@@ -433,7 +434,7 @@ def _attend_steps(
     return mixed.flatten(1, 2)
 
 
-def start_from_target(head: Eagle3, model: Any, seed: int) -> None:
+def start_from_target(head: Eagle3, embeddings: torch.Tensor, output: Head, seed: int) -> None:
     """First weights: embeddings and output layer are the target's, the rest is drawn.
 
     The fused features begin as the highest layer's, so that the first gradients have something to
@@ -441,29 +442,20 @@ def start_from_target(head: Eagle3, model: Any, seed: int) -> None:
 
     Args:
         head: is filled in place.
-        model: the target, loaded (its linears may be quantized).
+        embeddings: [vocabulary, hidden], the target's.
+        output: the target's (its linear may be quantized); a scale of its logits goes into the
+            weight.
         seed: of what is drawn.
     """
     generator = torch.Generator().manual_seed(seed)
     hidden = head.config.hidden_size
-    embeddings = model.get_input_embeddings().weight
+    weight = output_weight(output.lm_head, hidden)
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             if parameter.ndim == 2 and name.startswith(("layers.", "fc.")):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * _INITIAL_STD)
             elif parameter.ndim == 1:
                 parameter.fill_(1.0)
-        head.fc.weight[:, -hidden:] += torch.eye(hidden)
+        head.fc.weight[:, -hidden:] += torch.eye(hidden, device=head.fc.weight.device)
         head.embed_tokens.weight.copy_(embeddings)
-        head.lm_head.weight.copy_(_output_rows(model, head.token_map))
-
-
-def _output_rows(model: Any, rows: torch.Tensor) -> torch.Tensor:
-    """Rows of the output layer's weight, float32 [rows, hidden], whatever kind of linear it is."""
-    module = model.get_output_embeddings()
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, torch.Tensor) and weight.is_floating_point():
-        return weight.detach()[rows.to(weight.device)].float().cpu()
-    embeddings = model.get_input_embeddings().weight
-    identity = torch.eye(embeddings.shape[1], device=embeddings.device, dtype=embeddings.dtype)
-    return Head(module, object())(identity).T[rows.to(embeddings.device)].cpu()
+        head.lm_head.weight.copy_(weight[head.token_map.to(weight.device)] * output.scale)

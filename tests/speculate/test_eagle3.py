@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 
 from compressor.errors import RunError
 from compressor.models.architecture import CausalLM
+from compressor.models.head import split
 from compressor.speculate import eagle3
 from compressor.speculate.eagle3 import (
     Eagle3,
@@ -199,7 +200,7 @@ def test_a_head_for_any_target_starts_from_its_embeddings_and_output_layer(
     heads = [Eagle3(config, tokens) for _ in range(2)]
     target = model.load_full(torch.float32)
     for head in heads:
-        start_from_target(head, target, seed=3)
+        start_from_target(head, target.get_input_embeddings().weight, split(target), seed=3)
     one, two = (head.state_dict() for head in heads)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert torch.equal(one["embed_tokens.weight"], target.get_input_embeddings().weight)
