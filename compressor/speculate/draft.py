@@ -289,6 +289,8 @@ def _cut_config(source: Path, target: CausalLM, keep: Sequence[int]) -> dict[str
             config[name] = [value[i] for i in keep]
     if config.get("first_k_dense_replace") is not None:
         config["first_k_dense_replace"] = sum(i < config["first_k_dense_replace"] for i in keep)
+    if parsed.get("scale_attn_by_inverse_layer_idx"):
+        raise _differ_by_number(source)
     step = parsed.get("decoder_sparse_step")
     if step:
         dense = set(parsed.get("mlp_only_layers") or ())
@@ -303,12 +305,16 @@ def _check_blocks(target: CausalLM, draft: CausalLM, keep: Sequence[int]) -> Non
     built = [_description(block) for block in draft.blocks]
     meant = [_description(target.blocks[i]) for i in keep]
     if built != meant:
-        raise RunError(
-            "blocks of this architecture differ by their number in a way that its config cannot "
-            "say: a draft with some of them would be another model",
-            where=str(target.checkpoint.directory),
-            fix="use a given draft model instead",
-        )
+        raise _differ_by_number(target.checkpoint.directory)
+
+
+def _differ_by_number(source: Path) -> RunError:
+    return RunError(
+        "blocks of this architecture differ by their number in a way that its config cannot say: a "
+        "draft with some of them would be another model",
+        where=str(source),
+        fix="use a given draft model instead",
+    )
 
 
 def _description(block: nn.Module) -> Any:

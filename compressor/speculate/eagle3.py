@@ -230,8 +230,16 @@ class Eagle3Layer(nn.Module):
         return residual + self.mlp(self.post_attention_layernorm(residual))
 
 
+class RMSNorm(nn.RMSNorm):
+    """In the dtype of its input, also where its weight is of a wider one (autocast)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., size] -> [..., size]."""
+        return functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def _norm(size: int, config: Eagle3Config) -> Callable[[], nn.Module]:
-    return lambda: nn.RMSNorm(size, eps=config.rms_norm_eps)
+    return lambda: RMSNorm(size, eps=config.rms_norm_eps)
 
 
 class Eagle3(nn.Module):

@@ -17,6 +17,7 @@ from compressor.errors import RunError
 from compressor.speculate.candidates import ROOT, Candidates
 from compressor.speculate.eagle3 import Eagle3
 from compressor.speculate.proposer import States
+from compressor.speculate.verification import draw
 
 _GROW = 256  # slots that are added at once
 
@@ -150,10 +151,10 @@ class Eagle3Proposer:
             if self._temperature > 0:
                 probabilities = torch.softmax(logits / self._temperature, -1)
                 drawn = [
-                    torch.multinomial(one, 1, generator=generator)
-                    for one, generator in zip(probabilities.cpu(), self._generators, strict=True)
+                    draw(one, generator)
+                    for one, generator in zip(probabilities, self._generators, strict=True)
                 ]
-                chosen = torch.cat(drawn).to(self._device)
+                chosen = torch.tensor(drawn, device=self._device)
                 spread = probabilities.new_zeros(rows, self.head.config.vocab_size)
                 rows_of_q.append(spread.index_copy_(1, self._token_map, probabilities))
             else:
