@@ -159,7 +159,7 @@ def _rows(name: str, decoded: Sequence[Decoded], *, margins: bool = False) -> Ra
             "accepted": each.accepted,
             "drafted": each.drafted,
             "depths": each.depths,
-            **({"margins": [round(m, 6) for m in each.margins]} if margins else {}),
+            **({"margins": each.margins} if margins else {}),
         }
         for number, each in enumerate(decoded)
     ]
