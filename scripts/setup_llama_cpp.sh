@@ -39,13 +39,22 @@ if [[ ! -f $source/.unpacked ]]; then
   touch "$source/.unpacked"
 fi
 
+# Without AMX: ggml's kernels for it end the process (SIGSEGV) when a quantized model is loaded, seen
+# on a Xeon under virtualisation with this release; `--no-repack` avoids them too, but every other
+# repacked kernel with them.
+amx=()
+if c++ -mno-amx-tile -E -x c++ /dev/null >/dev/null 2>&1; then
+  amx=(-DCMAKE_C_FLAGS="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    -DCMAKE_CXX_FLAGS="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16")
+fi
+
 # No web interface (its assets would be downloaded), no TLS, and static libraries: the programs can
 # be moved. GGML_NATIVE uses every instruction that this CPU has.
 echo "setup: building llama.cpp for this CPU" >&2
 cmake -S "$source" -B "$root/build" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
   -DGGML_NATIVE=ON -DGGML_CCACHE=OFF -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_TESTS=OFF \
   -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF \
-  -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF >"$root/cmake.log" 2>&1 || {
+  -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF "${amx[@]}" >"$root/cmake.log" 2>&1 || {
   tail -n 20 "$root/cmake.log" >&2
   exit 1
 }
