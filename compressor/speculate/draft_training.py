@@ -128,9 +128,7 @@ def train_draft(
 
     def backward(rows: Sequence[int], weight: float) -> dict[str, float]:
         tokens, hidden = _batch(model, corpus, rows)
-        at = [
-            torch.arange(int(corpus.starts[row]), int(corpus.lengths[row]) - 1) for row in rows
-        ]
+        at = [torch.arange(int(corpus.starts[row]), int(corpus.lengths[row]) - 1) for row in rows]
         states = torch.cat([hidden[i, where.to(hidden.device)] for i, where in enumerate(at)])
         said = torch.cat([tokens[i, where.to(hidden.device) + 1] for i, where in enumerate(at)])
         target = Target(said)
@@ -164,9 +162,7 @@ def train_draft(
         model.requires_grad_(False)
 
 
-def _batch(
-    model: Any, corpus: Corpus, rows: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(model: Any, corpus: Corpus, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [samples, length], padded on the right, and what the draft's output layer reads."""
     device = next(model.parameters()).device
     texts = [torch.from_numpy(corpus.row(row).astype("int64")) for row in rows]
