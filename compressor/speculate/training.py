@@ -138,7 +138,7 @@ class _Run:
         self.options = options
         self.directory = directory
         self.device = next(iter(parameters.values())).device
-        self.processes = processes()
+        self.processes = processes(self.device)
         self.optimizer = torch.optim.AdamW(
             [
                 {
