@@ -126,7 +126,8 @@ class Corpus:
         try:
             facts = json.loads((directory / _FACTS).read_text(encoding="utf-8"))
             arrays = [np.load(directory / f"{name}.npy", allow_pickle=False) for name in _ARRAYS]
-            made = cls(*arrays, facts["held_out"])
+            tokens, lengths, starts = arrays
+            made = cls(tokens, lengths, starts, facts["held_out"])
             whole = made.sha256() == facts["sha256"]
         except (OSError, ValueError, KeyError) as error:
             raise RunError(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 Kind = Literal["cross_entropy", "kl", "total_variation", "lk"]
@@ -174,19 +175,21 @@ class _OutputLosses(torch.autograd.Function):
                     gradients,
                     figures,
                 )
-        ctx.save_for_backward(*(g for g in gradients if g is not None))
-        ctx.present = [g is not None for g in gradients]
+        ctx.gradients = gradients
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         total = figures[0].sum().float()
         ctx.mark_non_differentiable(figures)
         return total, figures
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, outer: torch.Tensor, _: torch.Tensor) -> Any:
-        saved = iter(ctx.saved_tensors)
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the gradients of these losses were taken already")
         made = [
-            (next(saved) * outer).to(dtype) if present else None
-            for present, dtype in zip(ctx.present, ctx.dtypes, strict=True)
+            None if gradient is None else gradient.mul_(outer).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return None, None, *made
 
@@ -202,14 +205,14 @@ def _chunk(
 ) -> None:
     """Add a few places' losses and gradients, of all drafts."""
     label = labels[rows]
-    wanted, entropy, known = None, None, label >= 0
+    wanted, mass, entropy, known = None, None, None, label >= 0
     if job.kind != "cross_entropy":
         wanted = job.target.probabilities(rows)
         mass = wanted.sum(-1)
         known = mass > 0
-        if job.kind == "kl":
-            wanted.div_(mass.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1))
-            entropy = torch.special.entr(wanted).sum(-1)
+        mass = torch.where(known, mass, 1.0)
+        if job.kind == "kl":  # of wanted / mass
+            entropy = torch.special.entr(wanted).sum(-1) / mass + mass.log()
     for k, (all_states, owner) in enumerate(zip(states, job.owners, strict=True)):
         weight = weights[owner]
         state = all_states[rows].detach().to(weight.dtype)
@@ -223,7 +226,7 @@ def _chunk(
         counts = job.counts[k][rows] > 0
         figures[1, k] += ((logits.argmax(-1) == label) & counts).sum()
         figures[3, k] += counts.sum()
-        loss, gradient, overlap = _loss(job.kind, logits, label, wanted, entropy)
+        loss, gradient, overlap = _loss(job.kind, logits, label, wanted, mass, entropy)
         figures[0, k] += torch.where(counted > 0, loss * counted, 0.0).sum(dtype=torch.float64)
         if overlap is not None:
             figures[2, k] += torch.where(counts, overlap, 0.0).sum(dtype=torch.float64)
@@ -247,20 +250,22 @@ def _loss(
     logits: torch.Tensor,
     label: torch.Tensor,
     wanted: torch.Tensor | None,
+    mass: torch.Tensor | None,
     entropy: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(loss [m], its gradient by the logits [m, draft] in their place, overlap [m] or None)."""
     normaliser = logits.logsumexp(-1)
-    if wanted is None:
+    if wanted is None or mass is None:
         place = label.clamp_min(0).unsqueeze(-1)
         loss = normaliser - logits.gather(-1, place).squeeze(-1)
         made = logits.sub_(normaliser.unsqueeze(-1)).exp_()
         return loss, made.scatter_add_(-1, place, -torch.ones_like(place, dtype=made.dtype)), None
     if entropy is not None:
-        loss = normaliser - entropy - torch.linalg.vecdot(wanted, logits)
+        loss = normaliser - entropy - torch.linalg.vecdot(wanted, logits) / mass
         made = logits.sub_(normaliser.unsqueeze(-1)).exp_()
         overlap = torch.minimum(made, wanted).sum(-1)
-        return loss, made.sub_(wanted), overlap
+        share = (-1 / mass).unsqueeze(-1)
+        return loss, made.addcmul_(wanted, share), overlap
     made = logits.sub_(normaliser.unsqueeze(-1)).exp_()
     overlap = torch.minimum(made, wanted).sum(-1)
     below = made * (made < wanted)  # where more of it would be accepted

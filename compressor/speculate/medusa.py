@@ -59,9 +59,8 @@ class _Block(nn.Module):
     def __init__(self, hidden: int, layers: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
-        for layer in self.layers:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -129,17 +128,14 @@ class MedusaHeads(nn.Module):
             scale=head.scale,
         )
         rows = weight if token_map is None else weight[token_map.to(weight.device)]
-        for linear in made.lm_heads:
-            linear.weight.data.copy_(rows)
+        for parameter in made.lm_heads.parameters():
+            parameter.data.copy_(rows)
         return made.to(weight.device)
 
     @classmethod
     def from_state(cls, shape: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> MedusaHeads:
         """What `shape` and ``state_dict`` describe."""
-        options = {**shape, "token_map": state.get("token_map")}
-        made = cls(
-            options.pop("hidden"), options.pop("vocabulary"), options.pop("heads"), **options
-        )
+        made = cls(**shape, token_map=state.get("token_map"))
         made.load_state_dict(state)
         return made
 
