@@ -28,11 +28,12 @@ class Candidates:
         probabilities: float32 [n, vocabulary] or None. Row i is the distribution that token i was
             drawn from, given its ancestors and the siblings drawn before it: the same for all
             siblings drawn with replacement, without those drawn before (and made to sum to 1) for
-            siblings drawn without. None: every token was chosen, not drawn (greedy, top-k, n-gram).
+            siblings drawn without. None: the tokens were chosen (greedy, top-k, n-gram); this also
+            serves for drawn ones, of which fewer are accepted then.
 
-    Where tokens were drawn, a sampling decoder leaves the target's distribution as it is only if no
+    Where there are probabilities, sampling leaves the target's distribution as it is only if no
     node was left out because of what it, or its probability, turned out to be: the tree's shape may
-    depend on nothing that was drawn after the parent.
+    depend on nothing that was drawn after the parent. Without them it does in any case.
     """
 
     tokens: torch.Tensor
