@@ -80,7 +80,8 @@ def distil_draft(
     device = weight.device if isinstance(weight, torch.Tensor) else _device(output.lm_head)
     model = opened.load_full(torch.float32, device)
     facts = train_draft(model, output, corpus, features, options, work, advance=advance)
-    trained = {opened.disk_name(name): p.detach() for name, p in model.named_parameters()}
+    parameters = model.named_parameters(remove_duplicate=False)  # tied ones may be stored twice
+    trained = {opened.disk_name(name): p.detach() for name, p in parameters}
     write_draft(source, keep, directory, {name: value.cpu() for name, value in trained.items()})
     return facts
 
