@@ -1,5 +1,4 @@
-"""A draft model as engines take it: an ordinary Hugging Face directory with the target's tokenizer.
-"""
+"""A draft model as engines take it: a Hugging Face directory with the target's tokenizer."""
 
 from __future__ import annotations
 

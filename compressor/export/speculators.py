@@ -24,7 +24,8 @@ import torch
 from compressor.errors import RunError
 from compressor.export.artifact import write_json, write_sums
 from compressor.models.checkpoint import SINGLE, Checkpoint, save_whole
-from compressor.speculate.eagle3 import Eagle3, Eagle3Config
+from compressor.speculate.eagle3 import Eagle3
+from compressor.speculate.eagle3_config import Eagle3Config
 
 NAME = "speculators"
 

@@ -152,8 +152,8 @@ class _Batch:
             temperature = self.sampling.proposal_temperature
             self.proposer.start(states, temperature=temperature, generators=generators)
         ended = set()
-        for row, state in enumerate(states):
-            logits = self.target.head(state.hidden[-1:])
+        ends = [States(state.tokens[-1:], state.hidden[-1:]) for state in states]
+        for row, logits in self._logits(ends):
             verdict = verify(Candidates.none(), logits, self.sampling, generators[row])
             if self._settle(decoded[row], [], verdict):
                 ended.add(row)

@@ -348,9 +348,7 @@ def check_tokenizer(target: Path, draft: Path) -> None:
     theirs, ours = (_tokens(directory) for directory in (draft, target))
     fix = "choose a draft of the same model family, or make one from the target"
     if theirs != ours:
-        differ = sorted(
-            i for i in theirs.keys() | ours.keys() if theirs.get(i) != ours.get(i)
-        )
+        differ = sorted(i for i in theirs.keys() | ours.keys() if theirs.get(i) != ours.get(i))
         first = differ[0]
         raise RunError(
             f"{len(differ)} tokens differ from the target's: {first} is {theirs.get(first)!r}, and "

@@ -80,7 +80,8 @@ def distil_draft(
     device = weight.device if isinstance(weight, torch.Tensor) else _device(output.lm_head)
     model = opened.load_full(torch.float32, device)
     facts = train_draft(model, output, corpus, features, options, work, advance=advance)
-    trained = {opened.disk_name(name): p.detach() for name, p in model.named_parameters()}
+    parameters = model.named_parameters(remove_duplicate=False)  # tied ones may be stored twice
+    trained = {opened.disk_name(name): p.detach() for name, p in parameters}
     write_draft(source, keep, directory, {name: value.cpu() for name, value in trained.items()})
     return facts
 
@@ -128,9 +129,7 @@ def train_draft(
 
     def backward(rows: Sequence[int], weight: float) -> dict[str, float]:
         tokens, hidden = _batch(model, corpus, rows)
-        at = [
-            torch.arange(int(corpus.starts[row]), int(corpus.lengths[row]) - 1) for row in rows
-        ]
+        at = [torch.arange(int(corpus.starts[row]), int(corpus.lengths[row]) - 1) for row in rows]
         states = torch.cat([hidden[i, where.to(hidden.device)] for i, where in enumerate(at)])
         said = torch.cat([tokens[i, where.to(hidden.device) + 1] for i, where in enumerate(at)])
         target = Target(said)
@@ -164,9 +163,7 @@ def train_draft(
         model.requires_grad_(False)
 
 
-def _batch(
-    model: Any, corpus: Corpus, rows: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(model: Any, corpus: Corpus, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [samples, length], padded on the right, and what the draft's output layer reads."""
     device = next(model.parameters()).device
     texts = [torch.from_numpy(corpus.row(row).astype("int64")) for row in rows]

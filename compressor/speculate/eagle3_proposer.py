@@ -245,9 +245,7 @@ class Eagle3Proposer:
         index = torch.arange(len(places), device=self._device)[:, None]
         mask = seen[:, None].to(self._device)
 
-        def attend(
-            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-        ) -> torch.Tensor:
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             keys, values = self._keys[rows], self._values[rows]
             keys[index, :, places] = key.transpose(1, 2)
             values[index, :, places] = value.transpose(1, 2)
@@ -255,9 +253,7 @@ class Eagle3Proposer:
                 query, keys[:, :, :end], values[:, :, :end], attn_mask=mask, enable_gqa=True
             )
 
-        return self.head.step(
-            tokens.to(self._device), hidden, positions.to(self._device), attend
-        )
+        return self.head.step(tokens.to(self._device), hidden, positions.to(self._device), attend)
 
     def _reserve(self, slots: int) -> None:
         held = self._keys.shape[2]

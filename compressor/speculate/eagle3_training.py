@@ -18,7 +18,8 @@ from compressor.errors import RunError
 from compressor.models.head import Head
 from compressor.speculate.chains import chain_figures
 from compressor.speculate.corpus import Corpus, Part
-from compressor.speculate.eagle3 import Eagle3, config_for, start_from_target
+from compressor.speculate.eagle3 import Eagle3, start_from_target
+from compressor.speculate.eagle3_config import config_for
 from compressor.speculate.features import Features
 from compressor.speculate.losses import Kind, Target, output_losses, ranks, top_k_accuracy
 from compressor.speculate.medusa import TOP, places, trainable
@@ -188,9 +189,7 @@ class Batch:
         self.row = torch.arange(len(rows)).repeat_interleave(counts).to(device)
         self.first = (torch.tensor(starts) - 1).repeat_interleave(counts).to(device)
         self.at = torch.cat(at).to(device)
-        self._hidden = [
-            features.hidden(row)[places] for row, places in zip(rows, at, strict=True)
-        ]
+        self._hidden = [features.hidden(row)[places] for row, places in zip(rows, at, strict=True)]
 
     def target(self, kind: Kind, output: Head, token_map: torch.Tensor) -> Target:
         """What the target says at the places."""
@@ -199,9 +198,7 @@ class Batch:
             return Target(said, token_map=token_map)
         return Target(said, torch.cat(self._hidden).to(self.device), output, token_map)
 
-    def steps(
-        self, head: Eagle3, depth: int
-    ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    def steps(self, head: Eagle3, depth: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """Of each step: its states [places, hidden], and bool [places], whether it has one."""
         for k, states in enumerate(head.unroll(self.tokens, self.aux, depth, self.begin)):
             begin = self.begin if k else 0

@@ -197,8 +197,9 @@ def write_features(
             "corpus": corpus.sha256(),
         }
         before = _read_facts(directory) or {}
-        done = before.pop("done", 0) if {**before, "done": 0} == {**facts, "done": 0} else 0
         with _Writer(directory, facts) as writer:
+            same = {**before, "done": 0} == {**facts, "done": 0} and not writer.anew
+            done = before["done"] if same else 0
             for number, rows in enumerate(batches):
                 if number < done:
                     advance("already done")
@@ -223,6 +224,9 @@ class _Writer:
     Args:
         directory: that they lie in.
         facts: of ``features.json``, without how many batches are done.
+
+    Attributes:
+        anew: files of this size were not there yet.
     """
 
     def __init__(self, directory: Path, facts: dict[str, Any]) -> None:
@@ -232,11 +236,13 @@ class _Writer:
         self._written = time.monotonic()
         self._widths = {_HIDDEN: facts["hidden"]} | ({_AUX: facts["aux"]} if facts["aux"] else {})
         self._files: dict[str, int] = {}
+        self.anew = False
 
     def __enter__(self) -> _Writer:
         for name, width in self._widths.items():
             size = int(self._starts[-1]) * width * _BYTES
             self._files[name] = os.open(self.directory / name, os.O_RDWR | os.O_CREAT, 0o666)
+            self.anew = self.anew or os.fstat(self._files[name]).st_size != size
             try:
                 os.posix_fallocate(self._files[name], 0, size)
             except OSError as error:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 Kind = Literal["cross_entropy", "kl", "total_variation", "lk"]
@@ -174,19 +175,21 @@ class _OutputLosses(torch.autograd.Function):
                     gradients,
                     figures,
                 )
-        ctx.save_for_backward(*(g for g in gradients if g is not None))
-        ctx.present = [g is not None for g in gradients]
+        ctx.gradients = gradients
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         total = figures[0].sum().float()
         ctx.mark_non_differentiable(figures)
         return total, figures
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, outer: torch.Tensor, _: torch.Tensor) -> Any:
-        saved = iter(ctx.saved_tensors)
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the gradients of these losses were taken already")
         made = [
-            (next(saved) * outer).to(dtype) if present else None
-            for present, dtype in zip(ctx.present, ctx.dtypes, strict=True)
+            None if gradient is None else gradient.mul_(outer).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return None, None, *made
 

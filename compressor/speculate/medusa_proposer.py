@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch import nn
 
 from compressor.errors import RunError
 from compressor.speculate.candidates import Candidates
@@ -120,9 +121,9 @@ def measure_ranks(
 
     Args:
         heads: see `MedusaProposer`.
-        sequences: of each: the target's hidden states [n, hidden], tokens int64 [n], and where its
-            answer starts: only positions whose next token belongs to the answer count, and of
-            those the ones with a token ahead for every head.
+        sequences: of each: the target's hidden states [n, hidden], in any dtype and on any device,
+            tokens int64 [n], and where its answer starts: only positions whose next token belongs to
+            the answer count, and of those the ones with a token ahead for every head.
         most: guesses of a head that are looked at.
 
     Returns:
@@ -131,9 +132,11 @@ def measure_ranks(
     """
     found: list[torch.Tensor] = []
     count = 0
+    parameter = next(heads.parameters(), None) if isinstance(heads, nn.Module) else None
     for hidden, tokens, start in sequences:
         for at in torch.arange(max(start - 1, 0), max(start - 1, len(tokens), 0)).split(_ROWS):
-            logits = heads(hidden[at.to(hidden.device)])
+            states = hidden[at.to(hidden.device)]
+            logits = heads(states if parameter is None else states.to(parameter))
             count = len(logits)
             complete = int((at < len(tokens) - 1 - count).sum())
             if not complete:

@@ -39,17 +39,24 @@ class Alone:
 
 
 class Together(Alone):
-    """One of several processes, started by ``accelerate launch`` or torchrun."""
+    """One of several processes, started by ``accelerate launch`` or torchrun.
 
-    def __init__(self, state: Any) -> None:
-        self.state = state
-        self.rank = state.process_index
+    Args:
+        device: of everything that is shared.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        from accelerate import PartialState
+
+        self.state = PartialState(cpu=device.type == "cpu")
+        self.device = device
+        self.rank = self.state.process_index
 
     def share(self, rows: Sequence[int]) -> Sequence[int]:
         return rows[self.rank :: self.state.num_processes]
 
     def add(self, values: list[float]) -> list[float]:
-        sums = torch.tensor(values, dtype=torch.float64, device=self.state.device)
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(sums)
         return sums.tolist()
 
@@ -63,9 +70,9 @@ class Together(Alone):
 
     def first(self, value: Any) -> Any:
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        length = torch.tensor([len(text)], device=self.state.device)
+        length = torch.tensor([len(text)], device=self.device)
         torch.distributed.broadcast(length, 0)
-        held = torch.zeros(int(length), dtype=torch.uint8, device=self.state.device)
+        held = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
         if self.rank == 0:
             held.copy_(text)
         torch.distributed.broadcast(held, 0)
@@ -75,10 +82,6 @@ class Together(Alone):
         self.state.wait_for_everyone()
 
 
-def processes() -> Alone:
+def processes(device: torch.device) -> Alone:
     """What this process was started as."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Alone()
-    from accelerate import PartialState
-
-    return Together(PartialState())
+    return Alone() if int(os.environ.get("WORLD_SIZE", "1")) == 1 else Together(device)

@@ -138,7 +138,7 @@ class _Run:
         self.options = options
         self.directory = directory
         self.device = next(iter(parameters.values())).device
-        self.processes = processes()
+        self.processes = processes(self.device)
         self.optimizer = torch.optim.AdamW(
             [
                 {
@@ -238,7 +238,7 @@ class _Run:
         else:
             self.facts["skipped"].append(step + 1)
             note = "step skipped: not finite"
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         if self.facts["skipped"][-_NON_FINITE:] == list(range(step + 2 - _NON_FINITE, step + 2)):
             raise RunError(
                 f"{_NON_FINITE} steps in a row had a loss or gradient that is not finite",

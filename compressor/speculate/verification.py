@@ -10,6 +10,7 @@ and its output is *not* the target's (Cai et al., "Medusa", arXiv 2401.10774, se
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -154,7 +155,7 @@ def _typical(candidates: Candidates, logits: torch.Tensor, sampling: Sampling) -
     best, best_rank = ROOT, (0, 0.0)
     ranks: dict[int, tuple[int, float]] = {ROOT: (0, 0.0)}
     for node, parent in enumerate(parents):
-        if parent in ranks and torch.tensor(likely[node]).exp() > least[parent + 1]:
+        if parent in ranks and math.exp(likely[node]) > least[parent + 1]:
             depth, total = ranks[parent]
             ranks[node] = (depth + 1, total + likely[node])
             if ranks[node] > best_rank:

@@ -16,7 +16,8 @@ from compressor.export import draft, speculators
 from compressor.models.architecture import CausalLM
 from compressor.models.checkpoint import SINGLE
 from compressor.speculate.draft import write_draft
-from compressor.speculate.eagle3 import Eagle3, Eagle3Config
+from compressor.speculate.eagle3 import Eagle3
+from compressor.speculate.eagle3_config import Eagle3Config
 from tests import tiny
 
 CONFIG = Eagle3Config(

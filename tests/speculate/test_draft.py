@@ -116,12 +116,13 @@ def test_blocks_that_do_nothing_go_first(tmp_path: Path) -> None:
     kept, facts = choose_blocks(model, CORPUS, 2, "divergence", samples=2)
     order = facts["dropped"]
     assert {block for block, _ in order[:2]} == {1, 3} and order[2][0] not in kept
-    assert order[1][1] == pytest.approx(0, abs=1e-6) < order[2][1]
+    assert order[1][1] == pytest.approx(0, abs=1e-6)
+    assert order[2][1] > 1e-3
 
 
 def test_divergence_is_what_leaving_a_block_out_costs(tmp_path: Path) -> None:
     model = load(tiny.build("gemma2", tmp_path / "target", layers=3))
-    (block, cost), = divergence_order(model, CORPUS, [0, 1], 1)
+    ((block, cost),) = divergence_order(model, CORPUS, [0, 1], 1)
     costs = []
     with torch.no_grad():
         for gone in range(3):
@@ -180,7 +181,7 @@ def test_blocks_whose_number_is_part_of_what_they_compute_are_refused(tmp_path: 
 
 def test_tokenizers_must_be_the_same(tmp_path: Path) -> None:
     target = tiny.build("llama", tmp_path / "target")
-    draft = tiny.build("qwen2", tmp_path / "draft", seed=1)
+    draft = tiny.build("llama", tmp_path / "draft", layers=1, seed=1)
     check_tokenizer(target, draft)
     path = draft / "tokenizer.json"
     original = path.read_text(encoding="utf-8")

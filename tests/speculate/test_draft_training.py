@@ -69,9 +69,7 @@ def test_the_loss_is_the_divergence_over_the_answer(tmp_path: Path, arch: str) -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compressor.speculate.draft_training.train", once)
-        train_draft(
-            draft, sample.output, sample.corpus, sample.features, DraftOptions(), tmp_path
-        )
+        train_draft(draft, sample.output, sample.corpus, sample.features, DraftOptions(), tmp_path)
     assert seen["loss"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -107,6 +105,7 @@ def test_distillation_cut_short_goes_on_to_the_same_bytes(
     sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compressor.speculate.training.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("compressor.speculate.training._WRITING_SHARE", 1e9)
     distil(sample, tmp_path / "whole")
     notes: list[str] = []
 
@@ -140,8 +139,10 @@ def test_blocks_are_chosen_and_distilled_in_one_go(sample: Sample, tmp_path: Pat
     figures = held_out_accuracy(draft, sample.corpus, 2)
     assert len(figures["per_position"]) == 2
     assert figures["per_position"][0] >= figures["per_position"][1]
-    assert figures["top"][4] >= figures["top"][0] == pytest.approx(
-        right_share(draft, sample), abs=1e-6
+    assert (
+        figures["top"][4]
+        >= figures["top"][0]
+        == pytest.approx(right_share(draft, sample), abs=1e-6)
     )
 
 
@@ -161,6 +162,4 @@ def test_an_output_layer_with_a_bias_is_refused(sample: Sample, tmp_path: Path) 
     model = CausalLM.open(sample.directory).load_full(torch.float32)
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
     with pytest.raises(RunError, match="bias"):
-        train_draft(
-            model, sample.output, sample.corpus, sample.features, DraftOptions(), tmp_path
-        )
+        train_draft(model, sample.output, sample.corpus, sample.features, DraftOptions(), tmp_path)

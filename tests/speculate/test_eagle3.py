@@ -17,13 +17,8 @@ from compressor.errors import RunError
 from compressor.models.architecture import CausalLM
 from compressor.models.head import split
 from compressor.speculate import eagle3
-from compressor.speculate.eagle3 import (
-    Eagle3,
-    Eagle3Config,
-    config_for,
-    default_aux_layers,
-    start_from_target,
-)
+from compressor.speculate.eagle3 import Eagle3, start_from_target
+from compressor.speculate.eagle3_config import Eagle3Config, config_for, default_aux_layers
 from tests import tiny
 
 CONFIG = Eagle3Config(
@@ -134,9 +129,7 @@ def test_unrolled_steps_are_chains_from_every_position(
             for row in range(2):
                 for place in range(state.shape[1]):
                     expected = chain(head, tokens[row], aux[row], begin + place, k + 1)[-1]
-                    torch.testing.assert_close(
-                        state[row, place], expected, rtol=1e-3, atol=1e-4
-                    )
+                    torch.testing.assert_close(state[row, place], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_gradients_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +175,7 @@ def test_the_state_is_named_as_engines_load_it() -> None:
 def test_default_layers_are_depths_of_the_target(blocks: int) -> None:
     layers = default_aux_layers(blocks)
     assert list(layers) == sorted(set(layers))
-    assert 0 <= layers[0] and layers[-1] < blocks
+    assert layers[0] >= 0 and layers[-1] < blocks
     assert len(layers) == min(blocks, 3)
     if blocks >= 7:
         assert layers == (2, blocks // 2, blocks - 3)

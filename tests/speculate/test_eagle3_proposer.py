@@ -124,9 +124,7 @@ def test_drawn_chains_come_with_the_distributions_they_were_drawn_from() -> None
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in (5, 6)]
 
-    proposer.start(
-        [t.states() for t in texts], temperature=0.6, generators=generators()
-    )
+    proposer.start([t.states() for t in texts], temperature=0.6, generators=generators())
     both = proposer.propose([3, 4], 3)
     for text, token, made in zip(texts, (3, 4), both, strict=True):
         assert made.probabilities is not None
@@ -172,4 +170,3 @@ def test_a_tree_needs_nodes_for_its_branches() -> None:
 def test_states_without_features_are_refused() -> None:
     with pytest.raises(ValueError, match="aux"):
         Eagle3Proposer(head_of()).start([States(torch.tensor([1, 2]), torch.zeros(2, 32))])
-

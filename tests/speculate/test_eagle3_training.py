@@ -45,9 +45,7 @@ def head_for(sample: Sample, settings: Eagle3Options) -> Eagle3:
 def trained(sample: Sample, directory: Path, **changes: Any) -> tuple[Eagle3, dict[str, Any]]:
     settings = options(**changes)
     head = head_for(sample, settings)
-    facts = train_eagle3(
-        head, sample.output, sample.corpus, sample.features, settings, directory
-    )
+    facts = train_eagle3(head, sample.output, sample.corpus, sample.features, settings, directory)
     return head, facts
 
 
@@ -89,9 +87,7 @@ def test_every_step_is_compared_with_the_target_at_the_place_it_speaks_of(sample
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compressor.speculate.eagle3_training.train", once)
-        train_eagle3(
-            head, sample.output, sample.corpus, sample.features, settings, Path("unused")
-        )
+        train_eagle3(head, sample.output, sample.corpus, sample.features, settings, Path("unused"))
     assert seen["loss"] == pytest.approx(total, rel=1e-4)
     gradient = {name: p.grad for name, p in head.trained().items()}
     assert all(g is not None and bool(g.abs().sum() > 0) for g in gradient.values())
@@ -179,6 +175,7 @@ def test_training_cut_short_goes_on_to_the_same_weights(
     sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compressor.speculate.training.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("compressor.speculate.training._WRITING_SHARE", 1e9)
     trained(sample, tmp_path / "whole")
     settings = options()
     notes: list[str] = []
@@ -198,7 +195,17 @@ def test_training_cut_short_goes_on_to_the_same_weights(
             tmp_path / "cut",
             advance=cut,
         )
-    trained(sample, tmp_path / "cut")
+    again: list[str] = []
+    train_eagle3(
+        head_for(sample, settings),
+        sample.output,
+        sample.corpus,
+        sample.features,
+        settings,
+        tmp_path / "cut",
+        advance=again.append,
+    )
+    assert again.count("already done") == 5
     assert (tmp_path / "whole" / BEST).read_bytes() == (tmp_path / "cut" / BEST).read_bytes()
 
 
