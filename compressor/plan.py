@@ -335,7 +335,7 @@ class _Builder:
         for name, owner in shared.items():
             own = [*sources.get(name, [model]), *([quantized[owner]] if owner != BASELINE else [])]
             if recipe.variants[name].speculate is not None:
-                speculators += self._speculate(name, [model], own)
+                speculators += self._speculate(name, sources.get(name, [model]), own)
         if recipe.measure is not None:
             gguf = recipe.measure.engine == "llama.cpp"
             exports = [s for s in exports if (self.stages[s].config["format"] == "gguf") == gguf]
@@ -410,8 +410,9 @@ class _Builder:
 
         Args:
             name: the variant.
-            baseline: inputs that the baseline is made of.
-            own: those that the variant is made of.
+            baseline: inputs that the variant is made of, but for its quantization: a rotated model
+                has other hidden states.
+            own: all inputs that the variant is made of.
 
         Returns:
             the exports; none of prompt lookup.
@@ -444,7 +445,10 @@ class _Builder:
             features = self.add(
                 f"features:{name}",
                 "features",
-                {"layers": config if speculate.method == "eagle3" else None},
+                {
+                    "aux": speculate.method == "eagle3",
+                    "layers": getattr(speculate.options, "aux_layers", None),
+                },
                 [*taught, corpus],
                 estimates["features"],
                 variant=name,

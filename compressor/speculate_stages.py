@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from compressor.stages import Context
 
 RAW = "decoded.jsonl"  # what acceptance was counted from
+_FEATURE_BATCH = 8  # samples that run together
+_SWEEP_LENGTH = 48  # tokens of each answer that is timed, at most
 
 
 def corpus(context: Context) -> dict[str, Any]:
@@ -77,16 +79,14 @@ def corpus(context: Context) -> dict[str, Any]:
 def features(context: Context) -> dict[str, Any]:
     """The target's hidden states over the corpus, computed once."""
     from compressor.speculate.corpus import Corpus
-    from compressor.speculate.features import feature_batches, write_features
-    from compressor.speculate.methods import OPTIONS
-    from compressor.speculate.pipeline import block_count, feature_layers
+    from compressor.speculate.eagle3_config import default_aux_layers
+    from compressor.speculate.features import decoder_blocks, feature_batches, write_features
 
     read = Corpus.load(context.need("corpus").path)
     model = target(context)
     layers: tuple[int, ...] = ()
-    if (wanted := context.config["layers"]) is not None:
-        options = OPTIONS[wanted["method"]].model_validate(wanted["options"])
-        layers = feature_layers(options, block_count(model))
+    if context.config["aux"]:
+        layers = tuple(context.config["layers"] or default_aux_layers(len(decoder_blocks(model))))
     batches = feature_batches(read, _FEATURE_BATCH)
     with context.progress.task(f"hidden states of {context.stage.variant}", len(batches)) as task:
 
@@ -98,9 +98,6 @@ def features(context: Context) -> dict[str, Any]:
             model, read, context.directory, layers=layers, batch_size=_FEATURE_BATCH, advance=advance
         )
     return {"layers": list(layers), "tokens": int(read.lengths.sum())}
-
-
-_FEATURE_BATCH = 8
 
 
 def speculate(context: Context) -> dict[str, Any]:
@@ -203,9 +200,6 @@ def accept(context: Context) -> dict[str, Any]:
         "tree": paths,
         "times": times,
     }
-
-
-_SWEEP_LENGTH = 48
 
 
 def export(context: Context, provenance: dict[str, Any], directory: Path) -> list[str]:

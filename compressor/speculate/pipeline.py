@@ -19,10 +19,11 @@ from compressor.speculate.corpus import Corpus
 from compressor.speculate.draft import choose_blocks
 from compressor.speculate.draft_proposer import DraftProposer
 from compressor.speculate.draft_training import distil_draft
-from compressor.speculate.eagle3 import Eagle3, config_for, default_aux_layers
+from compressor.speculate.eagle3 import Eagle3
+from compressor.speculate.eagle3_config import config_for
 from compressor.speculate.eagle3_proposer import Eagle3Proposer
 from compressor.speculate.eagle3_training import Eagle3Options, make_head, train_eagle3
-from compressor.speculate.features import Features, decoder_blocks
+from compressor.speculate.features import Features
 from compressor.speculate.medusa import MedusaHeads, MedusaOptions, train_medusa
 from compressor.speculate.medusa_proposer import MedusaProposer, measure_ranks
 from compressor.speculate.methods import DraftModelOptions, NgramOptions
@@ -34,13 +35,6 @@ WEIGHTS, SHAPE = "heads.safetensors", "heads.json"
 DRAFT, WORK = "draft", "training"
 _BRANCHES = 4  # children of each chosen node of EAGLE-3's tree
 _RANKS = 10  # guesses of a Medusa head among which a tree chooses
-
-
-def feature_layers(options: BaseModel, blocks: int) -> tuple[int, ...]:
-    """After how many decoder blocks each the method reads the target's residual stream."""
-    if not isinstance(options, Eagle3Options):
-        return ()
-    return options.aux_layers or default_aux_layers(blocks)
 
 
 def train_speculator(
@@ -154,8 +148,3 @@ def measured_tree(heads: MedusaHeads, corpus: Corpus, features: Features, nodes:
         for row in corpus.rows("held_out")
     )
     return tree_from_ranks(measure_ranks(heads, sequences, most=_RANKS), nodes)
-
-
-def block_count(target: Any) -> int:
-    """Decoder blocks of a loaded target."""
-    return len(decoder_blocks(target))
