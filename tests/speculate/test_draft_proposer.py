@@ -105,3 +105,4 @@ def test_nothing_is_proposed_beyond_the_drafts_positions(tmp_path: Path) -> None
     assert [each.tokens for each in found] == [each.tokens for each in alone]
     assert found[0].drafted[0] == 5
     assert found[0].drafted[-1] == 0
+    assert found[1].drafted[-1] == 5  # whatever is batched with it
