@@ -48,7 +48,7 @@ class DraftProposer:
         self._temperature = temperature
         self._generators = list(generators)
         self._texts = [sequence.tokens.tolist() for sequence in sequences]
-        self.draft.prefill(self._texts)
+        self.draft.prefill([text[: self.draft.limit] for text in self._texts])
 
     def propose(self, last: Sequence[int], depth: int) -> list[Candidates]:
         """As `Proposer`; shorter, or nothing, where the draft's positions end."""
@@ -65,7 +65,7 @@ class DraftProposer:
         drawn_from: list[list[torch.Tensor]] = [[] for _ in last]
         for step in range(max(depths, default=0)):
             rows = [row for row, deepest in enumerate(depths) if step < deepest]
-            logits = self._extend([new[row] if row in rows else new[row][:0] for row in range(len(new))])
+            logits = self._extend([x if row in rows else x[:0] for row, x in enumerate(new)])
             if self._temperature > 0:
                 q = torch.softmax(logits / self._temperature, -1)
                 made = [draw(each, self._generators[row]) for row, each in zip(rows, q, strict=True)]
