@@ -46,8 +46,9 @@ class _Layer(DynamicLayer):
         if not self.is_initialized:
             self.dtype, self.device = keys.dtype, keys.device
             self.is_initialized = True
-            self.keys, self.values = (x.new_zeros(rows, x.shape[1], 0, x.shape[3]) for x in
-                                      (keys, values))
+            self.keys, self.values = (
+                x.new_zeros(rows, x.shape[1], 0, x.shape[3]) for x in (keys, values)
+            )
         self._reserve(keys.shape[2])
         assert self.keys is not None and self.values is not None
         self.keys[row, :, : keys.shape[2]] = keys[0]

@@ -53,9 +53,7 @@ class DraftProposer:
     def propose(self, last: Sequence[int], depth: int) -> list[Candidates]:
         """As `Proposer`; shorter, or nothing, where the draft's positions end."""
         limit = self.draft.limit
-        depths = [
-            depth if limit is None else min(depth, limit - len(text)) for text in self._texts
-        ]
+        depths = [depth if limit is None else min(depth, limit - len(text)) for text in self._texts]
         # What is settled but not in the draft's cache: the last of a chain that stood whole.
         new = [
             torch.tensor([*text[length:], token])
@@ -68,7 +66,9 @@ class DraftProposer:
             logits = self._extend([x if row in rows else x[:0] for row, x in enumerate(new)])
             if self._temperature > 0:
                 q = torch.softmax(logits / self._temperature, -1)
-                made = [draw(each, self._generators[row]) for row, each in zip(rows, q, strict=True)]
+                made = [
+                    draw(each, self._generators[row]) for row, each in zip(rows, q, strict=True)
+                ]
                 for row, each in zip(rows, pad(q, (0, self.vocabulary - q.shape[1])), strict=True):
                     drawn_from[row].append(each)
             else:
