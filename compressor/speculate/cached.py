@@ -46,8 +46,9 @@ class _Layer(DynamicLayer):
         if not self.is_initialized:
             self.dtype, self.device = keys.dtype, keys.device
             self.is_initialized = True
-            self.keys, self.values = (x.new_zeros(rows, x.shape[1], 0, x.shape[3]) for x in
-                                      (keys, values))
+            self.keys, self.values = (
+                x.new_zeros(rows, x.shape[1], 0, x.shape[3]) for x in (keys, values)
+            )
         self._reserve(keys.shape[2])
         assert self.keys is not None and self.values is not None
         self.keys[row, :, : keys.shape[2]] = keys[0]
@@ -162,7 +163,7 @@ class CachedModel:
         The cache holds them only if `keep` is called next.
 
         Args:
-            tokens: int64 [new] each, as many as there are rows, none empty.
+            tokens: int64 [new] each, as many as there are rows; not all empty.
             parents: int64 [new] each, as `Candidates.parents`; -1: the last token in the cache.
             aux_layers: as of `prefill`.
 
@@ -174,6 +175,8 @@ class CachedModel:
         lengths = torch.tensor(self.lengths)
         depths = pad_sequence([tree_depths(row) for row in parents], batch_first=True)
         positions = lengths[:, None] + depths
+        if self.limit is not None:
+            positions.clamp_(max=self.limit - 1)  # padding of a row that is full
         self._place.end = max(self.lengths) + widest
         self._place.rows = torch.arange(rows, device=self.device)[:, None]
         self._place.slots = (lengths[:, None] + torch.arange(widest)).to(self.device)

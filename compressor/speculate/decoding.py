@@ -95,7 +95,9 @@ def speculative_decode(
     for start in range(0, len(prompts), size):
         batch = _Batch(target, proposer, sampling, output_length, frozenset(ends), depth)
         chosen = prompts[start : start + size]
-        found += batch.run(chosen, [_generator(seed, start + i) for i in range(len(chosen))], advance)
+        found += batch.run(
+            chosen, [_generator(seed, start + i) for i in range(len(chosen))], advance
+        )
     return found
 
 

@@ -48,37 +48,37 @@ class DraftProposer:
         self._temperature = temperature
         self._generators = list(generators)
         self._texts = [sequence.tokens.tolist() for sequence in sequences]
-        self.draft.prefill(self._texts)
+        self.draft.prefill([text[: self.draft.limit] for text in self._texts])
 
     def propose(self, last: Sequence[int], depth: int) -> list[Candidates]:
         """As `Proposer`; shorter, or nothing, where the draft's positions end."""
-        if self.draft.limit is not None:
-            depth = min(depth, self.draft.limit - max(map(len, self._texts)))
+        limit = self.draft.limit
+        depths = [depth if limit is None else min(depth, limit - len(text)) for text in self._texts]
         # What is settled but not in the draft's cache: the last of a chain that stood whole.
         new = [
             torch.tensor([*text[length:], token])
             for text, length, token in zip(self._texts, self.draft.lengths, last, strict=True)
         ]
-        chosen: list[torch.Tensor] = []
-        drawn_from: list[torch.Tensor] = []
-        for _ in range(depth):
-            logits = self._extend(new)
+        tokens: list[list[int]] = [[] for _ in last]
+        drawn_from: list[list[torch.Tensor]] = [[] for _ in last]
+        for step in range(max(depths, default=0)):
+            rows = [row for row, deepest in enumerate(depths) if step < deepest]
+            logits = self._extend([x if row in rows else x[:0] for row, x in enumerate(new)])
             if self._temperature > 0:
                 q = torch.softmax(logits / self._temperature, -1)
-                tokens = torch.tensor(
-                    [draw(row, own) for row, own in zip(q, self._generators, strict=True)]
-                )
-                drawn_from.append(pad(q, (0, self.vocabulary - q.shape[1])))
+                made = [
+                    draw(each, self._generators[row]) for row, each in zip(rows, q, strict=True)
+                ]
+                for row, each in zip(rows, pad(q, (0, self.vocabulary - q.shape[1])), strict=True):
+                    drawn_from[row].append(each)
             else:
-                tokens = logits.argmax(-1).cpu()
-            chosen.append(tokens)
-            new = list(tokens.split(1))
+                made = logits.argmax(-1).tolist()
+            for row, token in zip(rows, made, strict=True):
+                tokens[row].append(token)
+                new[row] = torch.tensor([token])
         return [
-            Candidates.chain(
-                [int(tokens[row]) for tokens in chosen],
-                torch.stack([q[row] for q in drawn_from]) if drawn_from else None,
-            )
-            for row in range(len(last))
+            Candidates.chain(chosen, torch.stack(q) if q else None)
+            for chosen, q in zip(tokens, drawn_from, strict=True)
         ]
 
     def drop(self, rows: Sequence[int]) -> None:
@@ -98,7 +98,8 @@ class DraftProposer:
         )
 
     def _extend(self, new: list[torch.Tensor]) -> torch.Tensor:
-        """Run tokens of each row; logits after the last, [rows, vocabulary of the two]."""
+        """Run tokens of the rows, some without; logits after the last of each that has any,
+        [rows, the smaller vocabulary]."""
         chains = [torch.arange(-1, len(tokens) - 1) for tokens in new]
         states = self.draft.forward(new, chains)
         self.draft.keep([range(len(tokens)) for tokens in new])

@@ -122,8 +122,8 @@ def measure_ranks(
     Args:
         heads: see `MedusaProposer`.
         sequences: of each: the target's hidden states [n, hidden], in any dtype and on any device,
-            tokens int64 [n], and where its answer starts: only positions whose next token belongs to
-            the answer count, and of those the ones with a token ahead for every head.
+            tokens int64 [n], and where its answer starts: only positions whose next token belongs
+            to the answer count, and of those the ones with a token ahead for every head.
         most: guesses of a head that are looked at.
 
     Returns:

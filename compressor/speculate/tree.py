@@ -139,9 +139,7 @@ def tree_from_accuracies(
 def accuracies_by_rank(ranks: torch.Tensor, most: int) -> list[list[float]]:
     """How often the guess of each rank, below ``most``, of each head is right, [heads][most]; from
     ranks as of `tree_from_ranks`."""
-    return [
-        [float((column == rank).float().mean()) for rank in range(most)] for column in ranks.T
-    ]
+    return [[float((column == rank).float().mean()) for rank in range(most)] for column in ranks.T]
 
 
 def expected_tokens(tree: Tree, ranks: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Targets for the tests of verified decoding, and a proposer that is right as often as is wanted."""
+"""Targets for tests of verified decoding, and a proposer that is right as often as is wanted."""
 
 from __future__ import annotations
 

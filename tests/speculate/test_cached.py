@@ -121,7 +121,9 @@ def test_architectures_that_cannot_are_refused(tmp_path: Path) -> None:
         target(tmp_path / "bloom", "bloom")
     model = load(tmp_path / "llama")
     own = model.base_model.forward
-    model.base_model.forward = lambda *args, **kwargs: own(*args, **{**kwargs, "position_ids": None})
+    model.base_model.forward = lambda *args, **kwargs: own(
+        *args, **{**kwargs, "position_ids": None}
+    )
     with pytest.raises(RunError, match="something else over a tree of candidates"):
         CachedModel(model)
 

@@ -179,3 +179,16 @@ def test_a_proposer_that_breaks_its_contract_is_named(tmp_path: Path) -> None:
         speculative_decode(cached, Broken(), [[5]], output_length=3)
     with pytest.raises(ValueError, match="1 proposals for 2 sequences"):
         speculative_decode(cached, Broken(), [[5], [6]], output_length=3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["greedy", "rejection", "typical"])
+def test_a_gpu_decodes_as_the_cpu_does(tmp_path: Path, kind: str) -> None:
+    model, small = load(tmp_path / "target"), load(tmp_path / "draft", layers=1)
+    settings = {"output_length": 12, "sampling": Sampling(kind, 1.5)}
+    found = []
+    for device in ("cpu", "cuda"):
+        cached, draft = CachedModel(model.to(device)), CachedModel(small.to(device))
+        found.append(speculative_decode(cached, DraftProposer(draft), prompts(8), **settings))
+    same = [a.tokens == b.tokens for a, b in zip(*found, strict=True)]
+    assert sum(same) >= 7  # float noise may tip one

@@ -99,9 +99,11 @@ def test_vocabularies_may_differ_in_their_padding(tmp_path: Path, size: int) -> 
 def test_nothing_is_proposed_beyond_the_drafts_positions(tmp_path: Path) -> None:
     cached = target(tmp_path / "target")
     draft = target(tmp_path / "draft", "opt", max_position_embeddings=32, seed=1)
-    texts = [[9] * 20, [8, 7]]
+    texts = [[9] * 20, [8, 7], [6] * 40]
     alone = speculative_decode(cached, None, texts, output_length=24)
     found = speculative_decode(cached, DraftProposer(draft), texts, output_length=24, depth=5)
     assert [each.tokens for each in found] == [each.tokens for each in alone]
     assert found[0].drafted[0] == 5
     assert found[0].drafted[-1] == 0
+    assert found[1].drafted[-1] == 5  # whatever is batched with it
+    assert set(found[2].drafted) == {0}

@@ -36,9 +36,7 @@ ALL = all_trees(2, 3, 4)
 
 
 @given(
-    st.lists(
-        st.tuples(st.integers(-1, 2), st.integers(-1, 2)).map(list), min_size=1, max_size=30
-    ),
+    st.lists(st.tuples(st.integers(-1, 2), st.integers(-1, 2)).map(list), min_size=1, max_size=30),
     st.integers(1, 4),
 )
 def test_the_tree_from_ranks_is_the_best_of_its_size(rows: list[list[int]], nodes: int) -> None:

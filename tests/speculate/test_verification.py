@@ -27,9 +27,7 @@ Propose = Callable[[int, torch.Generator], Candidates]
 
 def tables(seed: int) -> torch.Tensor:
     """Logits [vocabulary, vocabulary] of the next token by the last one; one is impossible."""
-    logits = torch.randn(
-        VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed)
-    )
+    logits = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed))
     logits[seed % VOCABULARY, (seed + 2) % VOCABULARY] = -torch.inf
     return logits
 
@@ -76,9 +74,7 @@ def tree_without_replacement(last: int, random: torch.Generator) -> Candidates:
 def chosen(last: int, random: torch.Generator) -> Candidates:
     """The draft's best two, and the best after each: nothing is drawn."""
     first = DRAFT[last].topk(2).indices
-    return Candidates(
-        torch.cat([first, DRAFT[first].argmax(-1)]), torch.tensor([ROOT, ROOT, 0, 1])
-    )
+    return Candidates(torch.cat([first, DRAFT[first].argmax(-1)]), torch.tensor([ROOT, ROOT, 0, 1]))
 
 
 def untold(last: int, random: torch.Generator) -> Candidates:
