@@ -479,7 +479,11 @@ class _Builder:
             config
             | tried
             | {key: settings[key] for key in ("input_length", "output_length", "batch_size")}
-            | {"depth": speculate.depth, "tree_nodes": speculate.tree_nodes, "seed": settings["seed"]}
+            | {
+                "depth": speculate.depth,
+                "tree_nodes": speculate.tree_nodes,
+                "seed": settings["seed"],
+            }
             | _local_file(tried["test_prompts"], self.recipe.base_dir, self.store),
             [*own, *learned],
             self.speed.accept(settings, tried, speculate.depth),
@@ -807,16 +811,19 @@ class _Speed:
             "corpus": Estimate(20 + steps * step, memory, 8 * tokens),
             "features": Estimate(10 + tokens * forward / self.flops, memory, disk),
             "speculate": Estimate(
-                20 + options.epochs * 6 * settings["samples"] * settings["output_length"] * work
+                20
+                + options.epochs
+                * 6
+                * settings["samples"]
+                * settings["output_length"]
+                * work
                 / self.flops,
                 memory + trained,
                 trained,
             ),
         }
 
-    def accept(
-        self, settings: dict[str, Any], tried: dict[str, Any], depth: int
-    ) -> Estimate:
+    def accept(self, settings: dict[str, Any], tried: dict[str, Any], depth: int) -> Estimate:
         """What trying a speculator takes."""
         f = self.facts
         step = 4 * f.parameters / self.MEMORY_BANDWIDTH

@@ -31,8 +31,8 @@ from pydantic_core import PydanticCustomError
 from compressor.errors import RecipeError
 from compressor.numerics.scheme import Scheme
 from compressor.quantize import registry
-from compressor.speculate.medusa import MedusaOptions
 from compressor.speculate.eagle3_training import Eagle3Options
+from compressor.speculate.medusa import MedusaOptions
 from compressor.speculate.methods import (
     TRAINED,
     DraftModelOptions,
@@ -456,9 +456,7 @@ class Speculation(_Section):
         "those of given dialogues (lists of chat messages in `field`).",
     )
     samples: int = Field(1024, ge=2, description="Prompts that are trained on, at most.")
-    held_out: int = Field(
-        32, ge=1, description="Further prompts on which is decided when to stop."
-    )
+    held_out: int = Field(32, ge=1, description="Further prompts on which is decided when to stop.")
     input_length: int = Field(256, ge=1, description="Longer prompts are left out [tokens].")
     output_length: int = Field(128, ge=2, description="Most tokens of an answer.")
     temperature: float = Field(

@@ -95,7 +95,12 @@ def features(context: Context) -> dict[str, Any]:
             task.advance(1)
 
         write_features(
-            model, read, context.directory, layers=layers, batch_size=_FEATURE_BATCH, advance=advance
+            model,
+            read,
+            context.directory,
+            layers=layers,
+            batch_size=_FEATURE_BATCH,
+            advance=advance,
         )
     return {"layers": list(layers), "tokens": int(read.lengths.sum())}
 
@@ -279,9 +284,7 @@ def end_tokens(model: Any) -> set[int]:
     return set()
 
 
-def prompt_tokens(
-    context: Context, source: str, split: str | None, field: str
-) -> list[list[int]]:
+def prompt_tokens(context: Context, source: str, split: str | None, field: str) -> list[list[int]]:
     """Prompts as they are served: in the chat template, where there is one; long ones left out."""
     from compressor.data.sources import load_texts
 

@@ -291,9 +291,7 @@ def test_in_bfloat16_products_are_rounded_and_what_is_trained_is_not(tmp_path: P
     )
     _, exact = train_medusa(split(model), corpus, features, options(), tmp_path / "high")
     assert all(p.dtype == torch.float32 for p in heads.parameters())
-    low, high = (
-        [step["loss"] for step in one["steps"]] for one in (facts, exact)
-    )
+    low, high = ([step["loss"] for step in one["steps"]] for one in (facts, exact))
     assert low != high
     assert low == pytest.approx(high, rel=0.05)
 
