@@ -154,7 +154,13 @@ def tgi_logits(directory: Path, x: torch.Tensor, base: torch.Tensor) -> list[tor
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"layers": 2}, {"output": "shared"}, {"output": "original"}, {"output": "original", "layers": 2}],
+    [
+        {},
+        {"layers": 2},
+        {"output": "shared"},
+        {"output": "original"},
+        {"output": "original", "layers": 2},
+    ],
     ids=str,
 )
 def test_tgi_drafts_what_the_heads_say(tmp_path: Path, changes: dict[str, Any]) -> None:

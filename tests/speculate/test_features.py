@@ -104,9 +104,7 @@ def test_what_a_kill_left_is_gone_on_with(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_features(
-            model, CORPUS, tmp_path / "cut", layers=layers, batch_size=2, advance=cut
-        )
+        write_features(model, CORPUS, tmp_path / "cut", layers=layers, batch_size=2, advance=cut)
     with pytest.raises(RunError, match="not all of them"):
         Features.open(tmp_path / "cut")
     again: list[str] = []

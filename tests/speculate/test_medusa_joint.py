@@ -30,9 +30,7 @@ def started(directory: Path, arch: str = "llama") -> tuple[Any, Any, Any, Medusa
 
 
 @pytest.mark.parametrize(("arch", "loss"), [("llama", "cross_entropy"), ("gemma2", "kl")])
-def test_both_are_trained_and_the_target_hardly_moves(
-    tmp_path: Path, arch: str, loss: str
-) -> None:
+def test_both_are_trained_and_the_target_hardly_moves(tmp_path: Path, arch: str, loss: str) -> None:
     model, corpus, features, heads = started(tmp_path, arch)
     original = CausalLM.open(tmp_path / "model").load_full(torch.float32)
     first = {name: value.clone() for name, value in heads.state_dict().items()}
