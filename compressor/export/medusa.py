@@ -142,8 +142,8 @@ def export_tgi(
     tensors = {}
     for name, value in _stored(state, dtype).items():
         if name.startswith("blocks."):
-            _, head, _, layer, kind = name.split(".")
-            tensors[f"{head}.{layer}.linear.{kind}"] = value
+            _, block, _, layer, kind = name.split(".")
+            tensors[f"{block}.{layer}.linear.{kind}"] = value
     if not bare:
         for head in range(heads):
             own = head if shape["output"] == "own" else 0

@@ -145,6 +145,8 @@ class CachedModel:
             ids = torch.tensor([list(prompt)], dtype=torch.int64)
             hidden, aux = self._run(ids, cache, aux_layers)
             for layer, made in zip(layers, cache.layers, strict=True):
+                assert isinstance(made, DynamicLayer)
+                assert made.keys is not None and made.values is not None
                 layer.fill(row, len(prompts), made.keys, made.values)
             found.append(States(ids[0], hidden[0], None if aux is None else aux[0]))
         self._cache = Cache(layers=list(layers))

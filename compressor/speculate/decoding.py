@@ -186,7 +186,11 @@ class _Batch:
                 ended.add(row)
         self.target.keep(kept)
         settled = [
-            States(*(None if part is None else part[nodes] for part in state))
+            States(
+                state.tokens[nodes],
+                state.hidden[nodes],
+                None if state.aux is None else state.aux[nodes],
+            )
             for state, nodes in zip(states, kept, strict=True)
         ]
         return ended, settled
@@ -225,7 +229,7 @@ class _Batch:
 
     def _settle(self, decoded: Decoded, accepted: list[int], verdict: Verdict) -> bool:
         """Note the new tokens up to where the sequence ends; whether it does."""
-        margins = verdict.margins or [None] * (len(accepted) + 1)
+        margins: Sequence[float | None] = verdict.margins or [None] * (len(accepted) + 1)
         for token, margin in zip([*accepted, verdict.token], margins, strict=True):
             decoded.tokens.append(token)
             if margin is not None:

@@ -123,7 +123,9 @@ def tree_from_accuracies(
     # The next nodes are always children of chosen ones, since products only fall with depth.
     chosen: list[Path] = []
     values: list[float] = []
-    open_nodes = [(-a, (rank,)) for rank, a in enumerate(heads[0]) if a > 0]
+    open_nodes: list[tuple[float, Path]] = [
+        (-a, (rank,)) for rank, a in enumerate(heads[0]) if a > 0
+    ]
     heapq.heapify(open_nodes)
     while open_nodes and len(chosen) < nodes:
         value, path = heapq.heappop(open_nodes)

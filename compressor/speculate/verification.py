@@ -100,14 +100,14 @@ def _greedy(candidates: Candidates, logits: torch.Tensor) -> Verdict:
     margins = (best.values[:, 0] - best.values[:, 1]).tolist()
     below, tokens = candidates.children(), candidates.tokens.tolist()
     path: list[int] = []
-    node: int | None = ROOT
+    at = 0  # the row of `logits`: one more than the node
     while True:
-        at = node + 1
-        node = next((child for child in below[at] if tokens[child] == choices[at]), None)
-        if node is None:
-            passed = [0, *(accepted + 1 for accepted in path)]
+        accepted = next((child for child in below[at] if tokens[child] == choices[at]), None)
+        if accepted is None:
+            passed = [0, *(node + 1 for node in path)]
             return Verdict(path, choices[at], [margins[i] for i in passed])
-        path.append(node)
+        path.append(accepted)
+        at = accepted + 1
 
 
 def _rejection(

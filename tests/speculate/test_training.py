@@ -85,7 +85,7 @@ def test_it_fits_and_every_epoch_sees_every_sample_once(tmp_path: Path) -> None:
     facts = fit.train(tmp_path, epochs=60)
     assert fit.values() == pytest.approx([1.0, -2.0, 0.5, 0.3], abs=0.05)
     assert len(facts["steps"]) == 180
-    orders = [sum(fit.batches[i : i + 3], []) for i in range(0, 180, 3)]
+    orders = [[row for batch in fit.batches[i : i + 3] for row in batch] for i in range(0, 180, 3)]
     assert all(sorted(order) == list(range(8)) for order in orders)
     assert len({tuple(order) for order in orders}) > 50
     assert [one["step"] for one in facts["evaluations"]] == [0, *range(3, 181, 3)]
