@@ -312,7 +312,7 @@ class Variant(_Section):
     base: Name | None = Field(
         None,
         alias="from",
-        description="Start from another variant of this recipe: what is not given here is as there.",
+        description="Start from another variant: what is not given here is as it is there.",
     )
 
     quantize: list[Step] = Field(

@@ -69,7 +69,7 @@ def load_messages(
     """
     found = []
     for number, row in enumerate(_rows(source, split, base_dir), 1):
-        value = row.get(field, row.get("messages")) if isinstance(row, dict) else None
+        value: Any = row.get(field, row.get("messages")) if isinstance(row, dict) else None
         good = isinstance(value, list) and all(
             isinstance(one, dict) and {"role", "content"} <= one.keys() for one in value
         )

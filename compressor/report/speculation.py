@@ -42,10 +42,10 @@ def acceptance(report: Mapping[str, Any]) -> Table:
         tuple(rows),
         text_columns=3,
         note="Tokens per pass of the target, its own included, with a 95% interval over prompts: "
-        "greedy, by our own decoder in float32, on prompts that nothing was trained on. Accepted by "
-        "place: share of the drafts of which at least 1, 2, ... tokens stood. Same output: answers "
-        "that are the target's own token by token; where others part from it, its best two logits "
-        "were as close as given, which the order of sums decides.",
+        "greedy, by our own decoder in float32, on prompts that nothing was trained on. Accepted "
+        "by place: share of the drafts of which at least 1, 2, ... tokens stood. Same output: "
+        "answers that are the target's own token by token; where others part from it, its best two "
+        "logits were as close as given, which the order of sums decides.",
     )
 
 
@@ -73,8 +73,8 @@ def heads(report: Mapping[str, Any]) -> Table:
         text_columns=2,
         note="Share of positions at which the likeliest guess, or one of the three or five "
         "likeliest, was what the target said, on answers held out from training. Medusa's first "
-        "head guesses the second token after the state that it reads; a draft's guess follows right "
-        "tokens.",
+        "head guesses the second token after the state that it reads; a draft's guess follows "
+        "right tokens.",
     )
 
 
@@ -106,8 +106,9 @@ def times(report: Mapping[str, Any]) -> Table:
         ),
         tuple(rows),
         text_columns=2,
-        note="Output tokens per second of our own decoder in float32, each number of guessed tokens "
-        "timed once, prefill included: it shows where the gain ends, and is no serving figure.",
+        note="Output tokens per second of our own decoder in float32, each number of guessed "
+        "tokens timed once, prefill included: it shows where the gain ends, and is no serving "
+        "figure.",
     )  # fmt: skip
 
 

@@ -72,10 +72,11 @@ def figures(plain: Sequence[Decoded], made: Sequence[Decoded]) -> dict[str, Any]
     """What decoding with candidates came to, beside decoding without.
 
     Returns:
-        ``tokens_per_step`` and its standard ``error`` (None of one prompt), ``steps``, ``accepted_by_position`` (share
-        of the drafts), ``rate`` (share of candidates), ``histogram`` (steps by accepted tokens),
-        ``equal`` of ``sequences`` whose tokens are the target's own, and ``ties``: where not, how
-        far the target's best logit was above its second.
+        ``tokens_per_step`` and its standard ``error`` (None of one prompt), ``steps``,
+        ``accepted_by_position`` (share of the drafts), ``rate`` (share of candidates),
+        ``histogram`` (steps by accepted tokens), ``equal`` of ``sequences`` whose tokens are the
+        target's own, and ``ties``: where not, how far the target's best logit was above its
+        second.
     """
     mean, error, steps = tokens_per_step(made)
     counts, same = Acceptance.of(made), compare(plain, made)
