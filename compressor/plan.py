@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from compressor.recipe import Recipe, Variant
 
 BASELINE = "baseline"
+# What each method's speculator is exported as.
+SPECULATOR_FORMATS = {"medusa": ("medusa",), "eagle3": ("speculators",), "draft": ("draft-model",)}
 _PACKAGE = Path(__file__).parent
 
 # The rooms whose source decides what a stage of each kind produces.
@@ -39,6 +41,10 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "sensitivity": ("numerics", "models", "quantize"),
     "quantize": ("numerics", "models", "quantize"),
     "export": ("numerics", "models", "export"),
+    "corpus": ("numerics", "models", "data", "speculate"),
+    "features": ("numerics", "models", "speculate"),
+    "speculate": ("numerics", "models", "speculate"),
+    "accept": ("numerics", "models", "data", "speculate"),
     "evaluate": ("numerics", "models", "evaluate"),
     "measure": ("numerics", "models", "export", "measure", "data"),
 }
@@ -257,7 +263,8 @@ class _Builder:
         for name, variant in recipe.variants.items():
             if name not in wanted:
                 continue
-            same = json.dumps(variant.model_dump(mode="json", exclude={"serve"}), sort_keys=True)
+            alone = variant.model_dump(mode="json", exclude={"base", "serve", "speculate"})
+            same = json.dumps(alone, sort_keys=True)
             owner = BASELINE if not variant.quantize else first.setdefault(same, name)
             shared[name] = owner
             if owner == BASELINE:
@@ -324,6 +331,11 @@ class _Builder:
                     speed.evaluate(self._evaluated_tokens(), variant=True),
                     variant=name,
                 )
+        speculators = []
+        for name, owner in shared.items():
+            own = [*sources.get(name, [model]), *([quantized[owner]] if owner != BASELINE else [])]
+            if recipe.variants[name].speculate is not None:
+                speculators += self._speculate(name, sources.get(name, [model]), own)
         if recipe.measure is not None:
             gguf = recipe.measure.engine == "llama.cpp"
             exports = [s for s in exports if (self.stages[s].config["format"] == "gguf") == gguf]
@@ -332,8 +344,9 @@ class _Builder:
                 "measure",
                 recipe.measure.model_dump(mode="json")
                 | self._serve(shared)
+                | self._speculates(shared)
                 | _local_file(recipe.measure.workload.prompts, recipe.base_dir, self.store),
-                [model, *exports],
+                [model, *exports, *speculators],
                 speed.measure(recipe.measure.workload, len(exports)),
                 local={"base_dir": recipe.base_dir},
             )
@@ -381,6 +394,103 @@ class _Builder:
         own = {name: self.recipe.variants[name].serve for name in variants}
         found = {name: serve.given for name, serve in own.items() if serve is not None}
         return {"serve": found} if found else {}
+
+    def _speculates(self, variants: Iterable[str]) -> dict[str, Any]:
+        """Speculation by variant, as far as its server is told of it."""
+        own = {name: self.recipe.variants[name].speculate for name in variants}
+        found = {
+            name: {"method": one.method, "depth": one.depth, "options": one.options.model_dump()}
+            for name, one in own.items()
+            if one is not None
+        }
+        return {"speculate": found} if found else {}
+
+    def _speculate(self, name: str, baseline: list[str], own: list[str]) -> list[str]:
+        """Train a variant's speculator, try it, and export it.
+
+        Args:
+            name: the variant.
+            baseline: inputs that the variant is made of, but for its quantization: a rotated model
+                has other hidden states.
+            own: all inputs that the variant is made of.
+
+        Returns:
+            the exports; none of prompt lookup.
+        """
+        from compressor.recipe import Speculation
+        from compressor.speculate.methods import TRAINED
+
+        speculate = self.recipe.variants[name].speculate
+        assert speculate is not None
+        settings = (self.recipe.speculation or Speculation.model_validate({})).model_dump()
+        tried = {key: settings.pop(key) for key in ("test_prompts", "test_samples", "sweep")}
+        local = {"base_dir": self.recipe.base_dir}
+        config = {
+            "method": speculate.method,
+            "options": speculate.options.model_dump(mode="json"),
+        }
+        learned, exports = [], []
+        if speculate.method in TRAINED:
+            taught = own if speculate.trained_on == "variant" else baseline
+            estimates = self.speed.speculate(settings, speculate)
+            corpus = self.add(
+                f"corpus:{name}",
+                "corpus",
+                settings | _local_file(settings["prompts"], self.recipe.base_dir, self.store),
+                taught,
+                estimates["corpus"],
+                variant=name,
+                local=local,
+            )
+            features = self.add(
+                f"features:{name}",
+                "features",
+                {
+                    "aux": speculate.method == "eagle3",
+                    "layers": getattr(speculate.options, "aux_layers", None),
+                },
+                [*taught, corpus],
+                estimates["features"],
+                variant=name,
+            )
+            trained = self.add(
+                f"speculate:{name}",
+                "speculate",
+                config,
+                [*taught, corpus, features],
+                estimates["speculate"],
+                variant=name,
+            )
+            learned = [corpus, features, trained]
+            for fmt in SPECULATOR_FORMATS[speculate.method]:
+                exports.append(
+                    self.add(
+                        f"export:{name}:{fmt}",
+                        "export",
+                        {"variant": name, "format": fmt, **config},
+                        [*taught, trained],
+                        Estimate(5, 1_500_000_000, 4 * self.facts.parameters),
+                        variant=name,
+                    )
+                )
+        self.add(
+            f"accept:{name}",
+            "accept",
+            config
+            | tried
+            | {key: settings[key] for key in ("input_length", "output_length", "batch_size")}
+            | {
+                "depth": speculate.depth,
+                "tree_nodes": speculate.tree_nodes,
+                "seed": settings["seed"],
+            }
+            | _local_file(tried["test_prompts"], self.recipe.base_dir, self.store),
+            [*own, *learned],
+            self.speed.accept(settings, tried, speculate.depth),
+            variant=name,
+            local=local,
+        )
+        return exports
 
     def _export(
         self,
@@ -667,6 +777,59 @@ class _Speed:
         # On a GPU the models are there.
         least = 0 if _has_gpu() else memory
         return Estimate(8 + flops / self.flops + elementwise, memory, disk, least)
+
+    def speculate(self, settings: dict[str, Any], speculate: Any) -> dict[str, Estimate]:
+        """What making the corpus, its features and the speculator takes, by kind of stage.
+
+        Args:
+            settings: of the recipe's ``speculation`` section.
+            speculate: the variant's section.
+        """
+        from compressor.speculate.features import feature_bytes
+
+        f, options = self.facts, speculate.options
+        samples = settings["samples"] + settings["held_out"]
+        length = settings["output_length"] + settings["input_length"] // 4  # most are short
+        tokens = samples * length
+        forward = 2 * f.parameters
+        memory = self.BASE_MEMORY + 4 * f.parameters
+        steps = samples / settings["batch_size"] * settings["output_length"]
+        step = 4 * f.parameters / self.MEMORY_BANDWIDTH + (
+            settings["batch_size"] * forward / self.flops
+        )
+        draft = getattr(options, "draft_vocabulary", None) or f.vocabulary
+        if speculate.method == "medusa":
+            work = options.heads * (options.layers * f.hidden + draft) * f.hidden
+        elif speculate.method == "eagle3":
+            work = options.depth * (self.block_parameters + draft * f.hidden)
+        else:
+            work = options.blocks * self.block_parameters + f.vocabulary * f.hidden
+        layers = 3 if speculate.method == "eagle3" else 0
+        disk = feature_bytes(tokens, f.hidden, layers)
+        trained = 3 * 4 * work
+        return {
+            "corpus": Estimate(20 + steps * step, memory, 8 * tokens),
+            "features": Estimate(10 + tokens * forward / self.flops, memory, disk),
+            "speculate": Estimate(
+                20
+                + options.epochs
+                * 6
+                * settings["samples"]
+                * settings["output_length"]
+                * work
+                / self.flops,
+                memory + trained,
+                trained,
+            ),
+        }
+
+    def accept(self, settings: dict[str, Any], tried: dict[str, Any], depth: int) -> Estimate:
+        """What trying a speculator takes."""
+        f = self.facts
+        step = 4 * f.parameters / self.MEMORY_BANDWIDTH
+        passes = 3 * settings["output_length"] * -(-tried["test_samples"] // settings["batch_size"])
+        passes += len(tried["sweep"]) * (2 + 2 * depth) * settings["output_length"]
+        return Estimate(20 + 3 * passes * step, self.BASE_MEMORY + 8 * f.parameters, 1_000_000)
 
     def measure(self, workload: Any, variants: int) -> Estimate:
         step = 0.01 + 2 * self.facts.parameters / 1e10

@@ -31,6 +31,14 @@ from pydantic_core import PydanticCustomError
 from compressor.errors import RecipeError
 from compressor.numerics.scheme import Scheme
 from compressor.quantize import registry
+from compressor.speculate.eagle3_training import Eagle3Options
+from compressor.speculate.medusa import MedusaOptions
+from compressor.speculate.methods import (
+    TRAINED,
+    DraftModelOptions,
+    NgramOptions,
+    depth_of,
+)
 
 MAX_RECIPE_BYTES = 1 << 18
 MAX_DEPTH = 20
@@ -246,8 +254,66 @@ class Serve(_Section):
         return self.model_dump(mode="json", exclude_none=True)
 
 
+class Speculate(_Section):
+    """What guesses tokens ahead, for the variant to verify: one of these methods."""
+
+    medusa: MedusaOptions | None = Field(None, description="Medusa heads, trained.")
+    eagle3: Eagle3Options | None = Field(None, description="An EAGLE-3 head, trained.")
+    draft: DraftModelOptions | None = Field(
+        None, description="A draft model of some of the target's own blocks, distilled."
+    )
+    ngram: NgramOptions | None = Field(None, description="Prompt lookup: nothing is trained.")
+    trained_on: Literal["variant", "baseline"] = Field(
+        "variant",
+        description="Whose answers and hidden states it learns: the variant's own, as it will be "
+        "served, or the baseline's.",
+    )
+    tree_nodes: int = Field(
+        16, ge=1, description="Candidates of a tree, which our own decoder tries beside the chain."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        """`medusa` and `medusa:` alone stand for its default options."""
+        if isinstance(value, str):
+            value = {value: None}
+        if isinstance(value, dict):
+            names = ("medusa", "eagle3", "ngram")
+            return {k: {} if v is None and k in names else v for k, v in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _one_method(self) -> Speculate:
+        given = [name for name in (*TRAINED, "ngram") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError("give one of medusa, eagle3, draft and ngram")
+        return self
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return next(name for name in (*TRAINED, "ngram") if getattr(self, name) is not None)
+
+    @property
+    def options(self) -> BaseModel:
+        """What is set of the method."""
+        return getattr(self, self.method)
+
+    @property
+    def depth(self) -> int:
+        """Tokens drafted per step."""
+        return depth_of(self.method, self.options)
+
+
 class Variant(_Section):
     """One way to compress the model, or to serve it."""
+
+    base: Name | None = Field(
+        None,
+        alias="from",
+        description="Start from another variant: what is not given here is as it is there.",
+    )
 
     quantize: list[Step] = Field(
         default_factory=list,
@@ -271,6 +337,11 @@ class Variant(_Section):
     )
     lm_head: LMHead | None = Field(
         None, description="Quantize the output layer (lm_head) too; left as it is when absent."
+    )
+    speculate: Speculate | None = Field(
+        None,
+        description="What guesses tokens ahead, for this variant to verify: the output stays its "
+        "own. What is trained is trained on the `speculation:` section's prompts.",
     )
     serve: Serve | None = Field(
         None,
@@ -315,10 +386,10 @@ class Variant(_Section):
     def _does_something(self) -> Variant:
         if self.quantize:
             return self
-        if self.serve is None:
+        if self.serve is None and self.speculate is None:
             raise ValueError(
-                "give `quantize:`, the algorithms to apply, or `serve:`, to serve the model as it "
-                "is in another way"
+                "give `quantize:`, the algorithms to apply, `speculate:`, or `serve:`, to serve "
+                "the model as it is in another way"
             )
         for key in ("ignore", "precision", "kv_cache", "lm_head"):
             if getattr(self, key):
@@ -367,6 +438,42 @@ class Variant(_Section):
         if any(re.fullmatch(pattern, "lm_head") for pattern in self.ignore):
             raise ValueError("`lm_head:` asks to quantize what `ignore` leaves as it is")
         return self
+
+
+class Speculation(_Section):
+    """What speculators are trained and tried on."""
+
+    prompts: str = Field(
+        "builtin:instructions",
+        description="What is asked in training: builtin:instructions, a file with a `prompt` "
+        "column, or a Hub data set. Put into the model's chat template, where it has one.",
+    )
+    split: str | None = Field(None, description="Split of a Hub data set; train if not given.")
+    field: str = Field("prompt", description="Column that holds the prompts, or the dialogues.")
+    answers: Literal["own", "given"] = Field(
+        "own",
+        description="The target's own answers to the prompts, generated (self-distillation), or "
+        "those of given dialogues (lists of chat messages in `field`).",
+    )
+    samples: int = Field(1024, ge=2, description="Prompts that are trained on, at most.")
+    held_out: int = Field(32, ge=1, description="Further prompts on which is decided when to stop.")
+    input_length: int = Field(256, ge=1, description="Longer prompts are left out [tokens].")
+    output_length: int = Field(128, ge=2, description="Most tokens of an answer.")
+    temperature: float = Field(
+        0.0, ge=0, description="Of generated answers; 0: the likeliest token each time."
+    )
+    batch_size: int = Field(32, ge=1, description="Prompts answered at once.")
+    seed: int = Field(0, ge=0, description="Of the choice of prompts and of what is drawn.")
+    test_prompts: str = Field(
+        "builtin:prompts", description="Prompts on which acceptance is measured: other ones."
+    )
+    test_samples: int = Field(32, ge=1, description="How many of them.")
+    sweep: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=lambda: [1, 4, 16],
+        description="Sequences at once at which the time is taken for each number of guessed "
+        "tokens, by our own decoder.",
+        json_schema_extra={"default": [1, 4, 16]},
+    )
 
 
 class EvaluationText(TextSource):
@@ -602,6 +709,28 @@ _SERVED_BY = {
 }
 
 
+def _with_base(name: str, variants: dict[str, Any]) -> Any:
+    """A variant as it stands in the recipe, with what it takes from others."""
+    found = variants[name]
+    seen = [name]
+    while isinstance(found, dict) and isinstance(base := variants[seen[-1]].get("from"), str):
+        if base in seen or not isinstance(variants.get(base), dict):
+            raise PydanticCustomError(
+                "base",
+                "it starts from itself"
+                if base in seen
+                else "{base} is no variant of this recipe; choose from {known}",
+                {
+                    "base": repr(base),
+                    "known": ", ".join(str(other) for other in variants if other != name),
+                    "loc": ("variants", seen[-1], "from"),
+                },
+            )
+        found = {**variants[base], **found}
+        seen.append(base)
+    return found
+
+
 def _formats() -> list[Format]:
     return ["compressed-tensors"]
 
@@ -617,6 +746,9 @@ class Recipe(_Section):
     )
     variants: dict[VariantName, Variant] = Field(
         min_length=1, description="Named ways to compress the model, compared with the baseline."
+    )
+    speculation: Speculation | None = Field(
+        None, description="What speculators are trained and tried on; defaults when absent."
     )
     evaluate: Evaluate | None = Field(None, description="Quality; left out when absent.")
     measure: Measure | None = Field(None, description="Speed and cost; left out when absent.")
@@ -634,6 +766,16 @@ class Recipe(_Section):
         ".compressor", description="Directory of finished stages, relative to the recipe."
     )
     _path: Path = PrivateAttr(default=Path())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, value: Any) -> Any:
+        """Fill in what variants take `from` another."""
+        variants = value.get("variants") if isinstance(value, dict) else None
+        if not isinstance(variants, dict):
+            return value
+        made = {name: _with_base(name, variants) for name in variants}
+        return {**value, "variants": made}
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -653,6 +795,7 @@ class Recipe(_Section):
                 if "gguf" in self.export and not variant.library:
                     self._check_gguf(name, variant)
             self._check_serve(name, variant)
+            self._check_speculate(name, variant)
         self._check_engine()
         self._check_waterfall()
         if self.gguf is not None and "gguf" not in self.export:
@@ -686,6 +829,25 @@ class Recipe(_Section):
                         "loc": ("variants", name, "serve", key),
                     },
                 )
+
+    def _check_speculate(self, name: str, variant: Variant) -> None:
+        """A speculating variant is served by an engine that knows how."""
+        if variant.speculate is None or self.measure is None:
+            return
+        if self.measure.engine not in ("vllm",):
+            raise PydanticCustomError(
+                "speculate",
+                "engine {engine} is not measured with speculation: measure with vllm, or leave "
+                "`measure:` out",
+                {"engine": self.measure.engine, "loc": ("variants", name, "speculate")},
+            )
+        flags = (variant.serve and variant.serve.flags) or self.measure.flags
+        if any(flag.startswith("--speculative-config") for flag in flags):
+            raise PydanticCustomError(
+                "speculate",
+                "the flags hold a --speculative-config already: remove one of the two",
+                {"loc": ("variants", name, "speculate")},
+            )
 
     def _check_waterfall(self) -> None:
         """The steps are measured variants, each once, and each but the first adds something."""
@@ -1093,7 +1255,9 @@ def _valid_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]
             current = next(_models(current), current)
         if not _is_model(current) and get_origin(current) not in (dict, list):
             current = next(_models(current), current)
-    return list(current.model_fields) if _is_model(current) else []
+    if not _is_model(current):
+        return []
+    return [field.alias or name for name, field in current.model_fields.items()]
 
 
 def _is_model(annotation: Any) -> bool:

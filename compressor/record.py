@@ -101,6 +101,8 @@ def kept_files(stage: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Pu
             yield entry, PurePosixPath("texts") / path
         elif kind == "quantize" and path.name == "layers.jsonl":
             yield entry, PurePosixPath("layers") / f"{variant}.jsonl"
+        elif kind == "accept" and path.suffix == ".jsonl":
+            yield entry, PurePosixPath("acceptance") / f"{variant}.jsonl"
         elif (
             kind == "evaluate"
             and path.suffix == ".safetensors"
@@ -257,6 +259,7 @@ def _variant(
         "precision": None,
         "quantization": None,
         "quality": rows,
+        "speculation": _speculation(own, name),
         "artifacts": [],
     }
     if quantized:
@@ -264,8 +267,39 @@ def _variant(
     for stage in own.values():
         if stage["kind"] == "export":
             entry["artifacts"].append(_artifact(stage))
-            entry["size_bytes"] = entry["size_bytes"] or stage["result"]["size_bytes"]
+            if stage["result"]["tensors"] is not None:  # a speculator comes beside the model
+                entry["size_bytes"] = entry["size_bytes"] or stage["result"]["size_bytes"]
     return entry
+
+
+def _speculation(own: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any] | None:
+    """What is reported of a variant's speculator: its training, and what it was worth."""
+    tried, trained = own.get(f"accept:{name}"), own.get(f"speculate:{name}")
+    if tried is None:
+        return None
+    corpus = own.get(f"corpus:{name}")
+    result = tried["result"]
+    return {
+        "method": result["method"],
+        "depth": result["depth"],
+        "trained_on_baseline": bool(
+            corpus
+            and any(stage.startswith("quantize:") for stage in tried["inputs"])
+            and not any(stage.startswith("quantize:") for stage in corpus["inputs"])
+        ),
+        "answer_tokens": corpus["result"]["answer_tokens"] if corpus else None,
+        "seconds": {
+            kind: own[f"{kind}:{name}"]["seconds"]
+            for kind in ("corpus", "features", "speculate")
+            if f"{kind}:{name}" in own
+        },
+        "losses": [step["loss"] for step in trained["result"]["steps"]] if trained else [],
+        "evaluations": trained["result"]["evaluations"] if trained else [],
+        "prompts": result["prompts"],
+        "results": result["results"],
+        "tree": result["tree"],
+        "times": result["times"],
+    }
 
 
 def _layers(path: Path) -> list[dict[str, Any]]:

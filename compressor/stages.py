@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor import speculate_stages
 from compressor.errors import RunError
 from compressor.plan import Stage
 from compressor.progress import Progress
@@ -305,6 +306,11 @@ def export(context: Context) -> dict[str, Any]:
         "stages": {stored.manifest["name"]: stored.key for stored in context.inputs.values()},
     }
     target = context.directory / "artifact"
+    if "method" in context.config:
+        with context.progress.task(f"export {context.config['method']}", None):
+            speculate_stages.export(context, provenance, target)
+        size = sum(p.stat().st_size for p in target.iterdir())
+        return {"format": context.config["format"], "size_bytes": size, "tensors": None}
     with context.progress.task(f"export {context.stage.variant}", None):
         if context.config["format"] == gguf.NAME:
             for stored in context.inputs.values():
@@ -396,7 +402,7 @@ def evaluate(context: Context) -> dict[str, Any]:
     quantized = context.find("quantize")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plain = CausalLM.open(context.baseline_dir).load_full(torch.float32, device)
-    model = _quantized_model(context.model_dir, quantized, device) if quantized else plain
+    model = quantized_model(context.model_dir, quantized, device) if quantized else plain
     head = split(plain)
     total = sum(text["windows"] for text in texts.result["texts"])
     results = []
@@ -429,8 +435,13 @@ def measure(context: Context) -> dict[str, Any]:
 
     settings = MeasureSettings.from_config(context.config)
     artifacts: dict[str, StoredStage] = {}
+    speculators: dict[str, StoredStage] = {}
     for stage, stored in context.inputs.items():
         if stored.manifest["kind"] != "export":
+            continue
+        if stored.result["tensors"] is None:
+            stored.verify()
+            speculators[stage.split(":")[1]] = stored
             continue
         if not serves(settings.engine, stored.result["format"]):
             continue
@@ -466,6 +477,12 @@ def measure(context: Context) -> dict[str, Any]:
         if settings.engine == "transformers":
             variants[name] = fleet.in_process(_loader(directory, stored.result["format"]), own)
         elif settings.engine == "vllm":
+            if name in context.config.get("speculate", {}):
+                found = speculators.get(name)
+                draft = speculate_stages.speculative_config(
+                    context.config["speculate"][name], found.path / "artifact" if found else None
+                )
+                own = replace(own, flags=(*own.flags, "--speculative-config", draft))
             variants[name] = fleet.vllm(directory, log, own)
         elif settings.engine == "llama.cpp":
             (file,) = directory.glob("*.gguf")
@@ -512,6 +529,10 @@ FUNCTIONS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "rotate": rotate,
     "sensitivity": sensitivity,
     "quantize": quantize,
+    "corpus": speculate_stages.corpus,
+    "features": speculate_stages.features,
+    "speculate": speculate_stages.speculate,
+    "accept": speculate_stages.accept,
     "export": export,
     "evaluate": evaluate,
     "measure": measure,
@@ -576,7 +597,7 @@ def _scale_dtype(load: StoredStage) -> Any:
     return getattr(torch, load.result["dtype"])
 
 
-def _quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn.Module:
+def quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn.Module:
     """The variant as the engine computes it: dequantized weights, activations and cache rounded."""
     import torch
 

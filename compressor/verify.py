@@ -7,6 +7,7 @@ with what should stand there. ``docs/verify.md`` says what cannot be found out t
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import tempfile
@@ -336,11 +337,15 @@ def _check_recipe(run: _Run, check: Check) -> None:
         given = dict(measured["config"])
         given.pop("file_sha256", None)
         served = given.pop("serve", {})
+        guessed = given.pop("speculate", {})
         check.expect(record.LOCK, "measure", lock.get("measure"), given)
         for name in run.json(record.RUN)["variants"]:
             own = (lock.get("variants") or {}).get(name, {}).get("serve") or {}
             own = {key: value for key, value in own.items() if value is not None}
             check.expect(record.LOCK, f"variants.{name}.serve", own, served.get(name, {}))
+            own = (lock.get("variants") or {}).get(name, {}).get("speculate") or {}
+            for method, found in ((g["method"], g["options"]) for g in [guessed.get(name)] if g):
+                check.expect(record.LOCK, f"variants.{name}.speculate", own.get(method), found)
     for stage in run.of_kind("texts"):
         listed = [
             {key: value for key, value in text.items() if key != "file_sha256"}
@@ -418,6 +423,29 @@ def _check_quality(run: _Run, check: Check) -> None:
                 stage["result"]["quality"],
                 run.quality[stage["variant"]],
             )
+
+
+def _check_speculation(run: _Run, check: Check) -> None:
+    """Acceptance follows from what was decoded."""
+    from compressor.speculate.decoding import Decoded
+    from compressor.speculate.trial import figures
+
+    for index, stage in enumerate(run.stages):
+        if stage["kind"] != "accept":
+            continue
+        name = f"acceptance/{stage['variant']}.jsonl"
+        rows: dict[str, list[Decoded]] = {}
+        for line in (run.path / name).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            way, _ = row.pop("proposer"), row.pop("prompt")
+            rows.setdefault(way, []).append(Decoded(**row))
+        plain = rows.pop("plain")
+        check.expect(
+            record.STAGES,
+            f"[{index}].result.results",
+            stage["result"]["results"],
+            {way: figures(plain, made) for way, made in rows.items()},
+        )
 
 
 def _check_prompts(run: _Run, check: Check) -> None:
@@ -649,6 +677,7 @@ _CHECKS: tuple[tuple[tuple[str, str], Callable[[_Run, Check], None]], ...] = (
     (("artifacts", "hashes and sizes"), _check_artifacts),
     (("calibration and evaluation tokens", "hashes"), _check_tokens),
     (("quality figures recomputed", "figures"), _check_quality),
+    (("acceptance recomputed", "figures"), _check_speculation),
     (("prompts", "hashes"), _check_prompts),
     (("raw samples", "requests and hashes"), _check_samples),
     (("load and sizes", "settings"), _check_load),

@@ -16,6 +16,7 @@ _BUILTIN = {
     "web": "web.jsonl",
     "questions": "questions.jsonl",
     "prompts": "prompts.jsonl",
+    "instructions": "instructions.jsonl",
 }
 _SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
 
@@ -43,6 +44,46 @@ def load_texts(
         RecipeError: the source does not exist, is empty, or has no such field.
         RunError: the Hub cannot be reached.
     """
+    rows = _rows(source, split, base_dir)
+    texts = [text for row in rows if (text := _text(row, field, source, tokenizer)).strip()]
+    if not texts:
+        raise RecipeError(
+            "the text is empty", where=source, fix="give a source with some text in it"
+        )
+    return texts
+
+
+def load_messages(
+    source: str, *, split: str | None = None, field: str = "messages", base_dir: Path
+) -> list[list[dict[str, str]]]:
+    """The dialogues of a source, as chat messages with ``role`` and ``content``.
+
+    Args:
+        source: as for `load_texts`.
+        split: likewise.
+        field: column that holds the list of messages; ``messages`` where a row has no such field.
+        base_dir: likewise.
+
+    Raises:
+        RecipeError: as `load_texts`, or a row holds no messages.
+    """
+    found = []
+    for number, row in enumerate(_rows(source, split, base_dir), 1):
+        value: Any = row.get(field, row.get("messages")) if isinstance(row, dict) else None
+        good = isinstance(value, list) and all(
+            isinstance(one, dict) and {"role", "content"} <= one.keys() for one in value
+        )
+        if not good:
+            raise RecipeError(
+                f"row {number} holds no chat messages in the field {field!r}",
+                where=source,
+                fix="give lists of {role, content}, or have the answers generated (answers: own)",
+            )
+        found.append(value)
+    return found
+
+
+def _rows(source: str, split: str | None, base_dir: Path) -> list[Any]:
     if source.startswith(BUILTIN_PREFIX):
         name = source.removeprefix(BUILTIN_PREFIX)
         if name not in _BUILTIN:
@@ -52,9 +93,9 @@ def load_texts(
                 fix=f"choose from {', '.join(BUILTIN_PREFIX + n for n in _BUILTIN)}",
             )
         path = Path(str(files("compressor.data") / "builtin" / _BUILTIN[name]))
-        rows = _read(path)
+        return _read(path)
     elif (base_dir / source).is_file():
-        rows = _read(base_dir / source)
+        return _read(base_dir / source)
     elif source.endswith(_SUFFIXES) or source.startswith((".", "/", "~")):
         raise RecipeError(
             "there is no such file",
@@ -62,13 +103,7 @@ def load_texts(
             fix="correct the path; it is relative to the recipe",
         )
     else:
-        rows = _hub(source, split or "train")
-    texts = [text for row in rows if (text := _text(row, field, source, tokenizer)).strip()]
-    if not texts:
-        raise RecipeError(
-            "the text is empty", where=source, fix="give a source with some text in it"
-        )
-    return texts
+        return _hub(source, split or "train")
 
 
 def _read(path: Path) -> list[Any]:

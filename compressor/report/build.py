@@ -130,6 +130,10 @@ def build_report(
     return validate_report(report)
 
 
+# Kinds of stages whose time a variant has to pay back.
+_PAID_BACK = ("quantize", "corpus", "features", "speculate", "export")
+
+
 def _fill_break_even(report: dict[str, Any]) -> None:
     """Where both costs are known: when the variant's own stages have paid for themselves."""
     point = headline_concurrency(report)
@@ -145,7 +149,7 @@ def _fill_break_even(report: dict[str, Any]) -> None:
         own = [
             stage["seconds"]
             for stage in report["stages"]
-            if stage["variant"] == variant["name"] and stage["kind"] in ("quantize", "export")
+            if stage["variant"] == variant["name"] and stage["kind"] in _PAID_BACK
         ]
         if (
             variant["quantization"] is None

@@ -418,6 +418,59 @@ class Artifact(Strict):
     tensors: TensorLedger | None = None
 
 
+class Acceptances(Strict):
+    """What was accepted of one way to propose, over all test prompts.
+
+    `tokens_per_step`: tokens per pass of the target, its own included, with its standard `error`
+    over prompts; `accepted_by_position`: share of the drafts of which at least 1, 2, ... tokens
+    were accepted; `rate`: share of the candidates; `histogram`: steps by accepted tokens from 0 on;
+    `equal` of `sequences` are the target's own greedy output token by token, and `ties` says of the
+    others how far its best logit was above its second where they part.
+    """
+
+    tokens_per_step: float
+    error: float | None
+    steps: int
+    accepted_by_position: list[float]
+    rate: float | None
+    histogram: list[int]
+    sequences: int
+    equal: int
+    ties: list[float] = []
+
+
+class SpeculationTime(Strict):
+    """Seconds of one configuration of our own decoder; `proposer` None: without speculation."""
+
+    batch_size: int
+    proposer: str | None
+    depth: int
+    tokens: int
+    steps: int
+    seconds: float
+
+
+class Speculation(Strict):
+    """A variant's speculator.
+
+    `losses`: per predicted token, by optimizer step; `evaluations`: on the samples held out, with
+    the step and the accuracies ``top`` of each head; `results`: by way to propose (chain, tree);
+    `tree`: its nodes as ranks of guesses.
+    """
+
+    method: str
+    depth: int
+    trained_on_baseline: bool = False
+    answer_tokens: int | None = None
+    seconds: dict[str, float] = {}
+    losses: list[float] = []
+    evaluations: list[dict[str, Any]] = []
+    prompts: str
+    results: dict[str, Acceptances]
+    tree: list[list[int]] | None = None
+    times: list[SpeculationTime] = []
+
+
 class Variant(Strict):
     """One variant; a failed one has `error` and whatever was known before it failed."""
 
@@ -436,6 +489,7 @@ class Variant(Strict):
     performance: list[Performance] = []
     split: list[Split] = []
     break_even: BreakEven | None = None
+    speculation: Speculation | None = None
     artifacts: list[Artifact] = []
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from compressor.report import economics, estimate, figures, techniques
+from compressor.report import economics, estimate, figures, speculation, techniques
 from compressor.report.coverage import block_share, named
 from compressor.report.table import Table
 from compressor.report.verdict import row_at, worst_quality
@@ -615,6 +615,7 @@ def body(report: Mapping[str, Any]) -> list[Table]:
         latency(report),
         estimate.report_table(report),
         *economics.tables(report),
+        *speculation.tables(report),
         quantization(report),
         worst_layers(report),
         experts(report),

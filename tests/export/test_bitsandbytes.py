@@ -13,7 +13,7 @@ from compressor.export import bitsandbytes as exporter
 from compressor.models.architecture import CausalLM
 from compressor.models.checkpoint import Checkpoint
 from compressor.quantize.bitsandbytes import BitsAndBytes, BitsAndBytesOptions, iterate_tensors
-from compressor.stages import _quantized_model
+from compressor.stages import quantized_model
 from compressor.store import StoredStage
 from tests import tiny
 
@@ -87,7 +87,7 @@ def test_the_evaluated_model_is_the_one_that_is_served(
     artifact, facts = make(tmp_path, model, **options)
     served = plain_kernels(exporter.load_model(artifact))
     stage = StoredStage("key", tmp_path / "codes", {"result": facts})
-    evaluated = _quantized_model(model, stage, "cpu")
+    evaluated = quantized_model(model, stage, "cpu")
     ids = torch.arange(5, 25).unsqueeze(0)
     tolerance = 2e-2 if options.get("compute_dtype") else 1e-5  # that dtype's rounding
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_other_layouts_load_in_transformers(tmp_path: Path, arch: str, quant_typ
     stage = StoredStage("key", tmp_path / "codes", {"result": facts})
     ids = torch.arange(5, 25).unsqueeze(0)
     with torch.no_grad():
-        expected = _quantized_model(model, stage, "cpu")(ids).logits
+        expected = quantized_model(model, stage, "cpu")(ids).logits
         got = served(ids).logits
     assert float((got - expected).norm() / expected.norm()) < 1e-4
 

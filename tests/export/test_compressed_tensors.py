@@ -17,7 +17,7 @@ from compressor.numerics.scheme import KV_CACHE, Scheme
 from compressor.quantize import registry
 from compressor.quantize.codes import iterate_quantized, kv_scales
 from compressor.quantize.driver import quantize_model
-from compressor.stages import _quantized_model
+from compressor.stages import quantized_model
 from compressor.store import StoredStage
 from tests import tiny
 
@@ -184,7 +184,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_low_bit_caches_are_evaluated_as_exported(tmp_path: Path, arch: str, kv_cache: str) -> None:
     source, artifact, _ = make(tmp_path, arch, kv_cache=kv_cache, scheme="W8A16")
     manifest = {"result": {"kv_cache": kv_cache}}
-    evaluated = _quantized_model(source, StoredStage("", tmp_path / "codes", manifest), "cpu")
+    evaluated = quantized_model(source, StoredStage("", tmp_path / "codes", manifest), "cpu")
     config = json.loads((artifact / "config.json").read_text())["quantization_config"]
     assert config["kv_cache_scheme"] == {
         "num_bits": 8, "type": "float" if kv_cache == "fp8" else "int", "strategy": "tensor",

@@ -28,7 +28,7 @@ from compressor.numerics.scheme import Scheme, WeightScheme
 from compressor.quantize import registry
 from compressor.quantize.codes import iterate_quantized
 from compressor.quantize.driver import quantize_model
-from compressor.stages import _quantized_model
+from compressor.stages import quantized_model
 from compressor.store import StoredStage
 from tests import tiny
 
@@ -182,7 +182,7 @@ def test_transformers_computes_the_same_from_the_file(
     if scheme:
         quantize(source, codes, torch.float16, scheme=scheme, group_size=32)
         stored = StoredStage("", codes, {"result": {}})
-        ours = _quantized_model(source, stored, "cpu")
+        ours = quantized_model(source, stored, "cpu")
     else:
         ours = CausalLM.open(source).load_full(torch.float32)
     gguf.export(source, iterate_quantized(codes) if scheme else (), {}, tmp_path / "out")

@@ -23,7 +23,7 @@ from compressor.numerics.scheme import Scheme
 from compressor.quantize import driver, registry, whole
 from compressor.quantize.codes import REFINED, iterate_quantized, replaced_tensors
 from compressor.quantize.distillation import DistillationOptions, ScaledLinear, ScaledNorm
-from compressor.stages import _quantized_model
+from compressor.stages import quantized_model
 from compressor.store import StoredStage
 from tests import tiny
 
@@ -168,7 +168,7 @@ def test_a_model_that_memory_does_not_hold_is_refused(
 def evaluated(model_dir: Path, out: Path, facts: dict[str, Any]) -> torch.Tensor:
     """Logits of the samples held out, by the model that evaluation makes of ``out``."""
     manifest = {"name": "quantize:v", "kind": "quantize", "variant": "v", "result": facts}
-    model = _quantized_model(model_dir, StoredStage("key", out, manifest), "cpu")
+    model = quantized_model(model_dir, StoredStage("key", out, manifest), "cpu")
     with torch.no_grad():
         return model(torch.from_numpy(TOKENS[HELD_OUT].astype(np.int64))).logits
 

@@ -1,0 +1,322 @@
+"""What the stages of speculative decoding do; see `stages.py`, which hands them their context."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.errors import RecipeError
+from compressor.store import write_atomic
+
+if TYPE_CHECKING:
+    from compressor.stages import Context
+
+RAW = "decoded.jsonl"  # what acceptance was counted from
+_FEATURE_BATCH = 8  # samples that run together
+_SWEEP_LENGTH = 48  # tokens of each answer that is timed, at most
+
+
+def corpus(context: Context) -> dict[str, Any]:
+    """The target's own answers to prompts, or given dialogues, tokenised."""
+    from compressor.data.sources import load_messages
+    from compressor.speculate import corpus as making
+
+    c = context.config
+    tokenizer = _tokenizer(context)
+    if c["answers"] == "given":
+        conversations = load_messages(
+            c["prompts"],
+            split=c["split"],
+            field=c["field"],
+            base_dir=context.stage.local["base_dir"],
+        )
+        length = c["input_length"] + c["output_length"]
+        chosen = _choose(conversations, c["samples"] + c["held_out"], c["seed"])
+        made = making.dialogue_corpus(chosen, tokenizer, length=length, held_out=c["held_out"])
+        made.save(context.directory)
+    else:
+        prompts = prompt_tokens(context, c["prompts"], c["split"], c["field"])
+        chosen = _choose(prompts, c["samples"] + c["held_out"], c["seed"])
+        if len(chosen) <= c["held_out"]:
+            raise RecipeError(
+                f"{len(chosen)} prompts of at most {c['input_length']} tokens, {c['held_out']} of "
+                "which are to be held out: none would be trained on",
+                where="speculation.prompts",
+                fix="give more prompts, or hold out fewer",
+            )
+        model = target(context)
+        batches = making.corpus_batches(chosen, c["batch_size"])
+        with context.progress.task(f"answers of {context.stage.variant}", len(batches)) as task:
+
+            def advance(note: str) -> None:
+                task.update(note=note)
+                task.advance(1)
+
+            made = making.generate_corpus(
+                model,
+                chosen,
+                output_length=c["output_length"],
+                batch_size=c["batch_size"],
+                temperature=c["temperature"],
+                seed=c["seed"],
+                end_tokens=end_tokens(model),
+                held_out=c["held_out"],
+                directory=context.directory,
+                advance=advance,
+            )
+    return {
+        "source": c["prompts"],
+        "answers": c["answers"],
+        "samples": len(made.lengths),
+        "held_out": made.held_out,
+        "answer_tokens": made.answer_tokens("train"),
+        "held_out_tokens": made.answer_tokens("held_out"),
+        "sha256": made.sha256(),
+    }
+
+
+def features(context: Context) -> dict[str, Any]:
+    """The target's hidden states over the corpus, computed once."""
+    from compressor.speculate.corpus import Corpus
+    from compressor.speculate.eagle3_config import default_aux_layers
+    from compressor.speculate.features import decoder_blocks, feature_batches, write_features
+
+    read = Corpus.load(context.need("corpus").path)
+    model = target(context)
+    layers: tuple[int, ...] = ()
+    if context.config["aux"]:
+        layers = tuple(context.config["layers"] or default_aux_layers(len(decoder_blocks(model))))
+    batches = feature_batches(read, _FEATURE_BATCH)
+    with context.progress.task(f"hidden states of {context.stage.variant}", len(batches)) as task:
+
+        def advance(note: str) -> None:
+            task.update(note=note)
+            task.advance(1)
+
+        write_features(
+            model,
+            read,
+            context.directory,
+            layers=layers,
+            batch_size=_FEATURE_BATCH,
+            advance=advance,
+        )
+    return {"layers": list(layers), "tokens": int(read.lengths.sum())}
+
+
+def speculate(context: Context) -> dict[str, Any]:
+    """Train a speculator."""
+    import shutil
+
+    from compressor.speculate.corpus import Corpus
+    from compressor.speculate.features import Features
+    from compressor.speculate.methods import OPTIONS
+    from compressor.speculate.pipeline import WORK, train_speculator
+
+    options: Any = OPTIONS[context.config["method"]].model_validate(context.config["options"])
+    read = Corpus.load(context.need("corpus").path)
+    states = Features.open(context.need("features").path)
+    model = target(context)
+    title = f"train {context.config['method']} of {context.stage.variant}"
+    with context.progress.task(title, None) as task:
+
+        def advance(note: str) -> None:
+            task.update(note=note)
+            task.advance(1)
+
+        facts = train_speculator(
+            options,
+            model,
+            context.model_dir,
+            read,
+            states,
+            context.directory,
+            advance=advance,
+        )
+    shutil.rmtree(context.directory / WORK, ignore_errors=True)
+    return facts
+
+
+def accept(context: Context) -> dict[str, Any]:
+    """Try a speculator on prompts that it was not trained on."""
+    from compressor.speculate.cached import CachedModel
+    from compressor.speculate.corpus import Corpus
+    from compressor.speculate.features import Features
+    from compressor.speculate.medusa import MedusaOptions
+    from compressor.speculate.methods import OPTIONS
+    from compressor.speculate.pipeline import load_medusa_heads, make_proposer, measured_tree
+    from compressor.speculate.trial import sweep, try_out
+
+    c = context.config
+    options: Any = OPTIONS[c["method"]].model_validate(c["options"])
+    found = prompt_tokens(context, c["test_prompts"], None, "prompt")
+    prompts = _choose(found, max(c["test_samples"], *c["sweep"]), c["seed"])
+    model = target(context)
+    cached = CachedModel(model)
+    trained = context.find("speculate")
+    directory = trained.path if trained else context.directory
+    proposers = {"chain": make_proposer(options, directory, model)}
+    paths = None
+    if isinstance(options, MedusaOptions):
+        tree = measured_tree(
+            load_medusa_heads(directory).to(cached.device),
+            Corpus.load(context.need("corpus").path),
+            Features.open(context.need("features").path),
+            c["tree_nodes"],
+        )
+        paths = [list(path) for path in tree.paths]
+        proposers["tree"] = make_proposer(options, directory, model, tree)
+    elif c["method"] == "eagle3":
+        proposers["tree"] = make_proposer(options, directory, model, nodes=c["tree_nodes"])
+    title = f"try {c['method']} of {context.stage.variant}"
+    tried = prompts[: c["test_samples"]]
+    with context.progress.task(title, (1 + len(proposers)) * len(tried)) as task:
+
+        def advance(note: str) -> None:
+            task.advance(1)
+
+        results, raw = try_out(
+            cached,
+            proposers,
+            tried,
+            depth=c["depth"],
+            output_length=c["output_length"],
+            batch_size=c["batch_size"],
+            ends=sorted(end_tokens(model)),
+            advance=advance,
+        )
+    text = "".join(json.dumps(row) + "\n" for row in raw)
+    write_atomic(context.directory / RAW, text)
+    with context.progress.task(f"time {c['method']} of {context.stage.variant}", None):
+        times = sweep(
+            cached,
+            proposers,
+            prompts,
+            depths=range(1, c["depth"] + 1),
+            batch_sizes=[size for size in c["sweep"] if size <= len(prompts)],
+            output_length=min(c["output_length"], _SWEEP_LENGTH),
+        )
+    return {
+        "method": c["method"],
+        "depth": c["depth"],
+        "prompts": c["test_prompts"],
+        "results": results,
+        "tree": paths,
+        "times": times,
+    }
+
+
+def export(context: Context, provenance: dict[str, Any], directory: Path) -> list[str]:
+    """Write a trained speculator as its engine loads it; returns what there is to say of it."""
+    from compressor.export import draft, medusa, speculators
+    from compressor.models.architecture import CausalLM
+    from compressor.speculate.methods import OPTIONS
+    from compressor.speculate.pipeline import DRAFT, load_eagle3_head, load_medusa_heads
+
+    trained, load = context.need("speculate"), context.need("load")
+    trained.verify()
+    options: Any = OPTIONS[context.config["method"]].model_validate(context.config["options"])
+    fmt = context.config["format"]
+    if fmt == "medusa":
+        heads = load_medusa_heads(trained.path)
+        medusa.export_vllm(heads.state_dict(), heads.shape(), provenance, directory)
+    elif fmt == "speculators":
+        opened = CausalLM.open(context.model_dir)
+        speculators.export(
+            load_eagle3_head(trained.path, options, opened.config),
+            directory,
+            tokens=options.depth,
+            verifier={
+                "name_or_path": load.result["source"],
+                "architectures": [load.result["architecture"]],
+            },
+            provenance=provenance,
+        )
+    else:
+        draft.export(trained.path / DRAFT, context.model_dir, provenance, directory)
+    return []
+
+
+def speculative_config(settings: dict[str, Any], directory: Path | None) -> str:
+    """What vLLM's ``--speculative-config`` takes for a variant.
+
+    Args:
+        settings: ``method``, ``depth`` and ``options`` of the recipe.
+        directory: the exported speculator; None for prompt lookup.
+    """
+    depth, options = settings["depth"], settings["options"]
+    if directory is None:
+        value = {
+            "method": "ngram",
+            "num_speculative_tokens": depth,
+            "prompt_lookup_min": options["shortest"],
+            "prompt_lookup_max": options["longest"],
+        }
+    else:
+        method = {"draft": "draft_model"}.get(settings["method"], settings["method"])
+        value = {"method": method, "model": str(directory), "num_speculative_tokens": depth}
+    return json.dumps(value)
+
+
+def target(context: Context) -> Any:
+    """The model of the stage, in float32: the quantized one where the variant is."""
+    import torch
+
+    from compressor.models.architecture import CausalLM
+    from compressor.stages import quantized_model
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    quantized = context.find("quantize")
+    if quantized is not None:
+        model: Any = quantized_model(context.model_dir, quantized, device)
+    else:
+        model = CausalLM.open(context.model_dir).load_full(torch.float32, device)
+    return model.eval().requires_grad_(False)
+
+
+def end_tokens(model: Any) -> set[int]:
+    """Ids after which an answer is over."""
+    for config in (model.generation_config, model.config):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return set(found) if isinstance(found, list) else {found}
+    return set()
+
+
+def prompt_tokens(context: Context, source: str, split: str | None, field: str) -> list[list[int]]:
+    """Prompts as they are served: in the chat template, where there is one; long ones left out."""
+    from compressor.data.sources import load_texts
+
+    tokenizer = _tokenizer(context)
+    texts = load_texts(
+        source,
+        split=split,
+        field=field,
+        base_dir=context.stage.local["base_dir"],
+        tokenizer=tokenizer,
+    )
+    found = []
+    for text in texts:
+        if tokenizer.chat_template:
+            chat = [{"role": "user", "content": text}]
+            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        else:
+            ids = tokenizer(text)["input_ids"]
+        if 0 < len(ids) <= context.config["input_length"]:
+            found.append(list(ids))
+    return found
+
+
+def _choose(items: list[Any], count: int, seed: int) -> list[Any]:
+    """So many of them, in a seeded order; all where there are fewer."""
+    import numpy as np
+
+    order = np.random.default_rng(seed).permutation(len(items))[:count]
+    return [items[i] for i in order]
+
+
+def _tokenizer(context: Context) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(context.model_dir)
