@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.speculate.candidates import ROOT, Candidates, tree_depths, tree_mask
@@ -22,6 +22,7 @@ def trees(draw: st.DrawFn) -> Candidates:
     )
 
 
+@settings(deadline=None)
 @given(trees())
 def test_a_node_sees_itself_and_its_ancestors(tree: Candidates) -> None:
     tree.validate(8)
@@ -36,6 +37,7 @@ def test_a_node_sees_itself_and_its_ancestors(tree: Candidates) -> None:
     assert tree.path(ROOT) == []
 
 
+@settings(deadline=None)
 @given(trees())
 def test_children_are_those_of_the_parents(tree: Candidates) -> None:
     found = tree.children()
@@ -44,6 +46,7 @@ def test_children_are_those_of_the_parents(tree: Candidates) -> None:
         assert below == [i for i, p in enumerate(tree.parents.tolist()) if p == parent]
 
 
+@settings(deadline=None)
 @given(trees(), st.integers(0, 5))
 def test_a_cut_tree_has_the_paths_that_are_short_enough(tree: Candidates, depth: int) -> None:
     def paths(of: Candidates) -> list[list[int]]:

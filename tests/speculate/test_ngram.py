@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.speculate.decoding import speculative_decode
@@ -16,6 +16,7 @@ from compressor.speculate.proposer import States
 from tests.speculate.decoders import target
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 2), min_size=1, max_size=40),
     st.integers(1, 4),

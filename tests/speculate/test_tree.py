@@ -35,6 +35,7 @@ def all_trees(heads: int, ranks: int, nodes: int) -> list[Tree]:
 ALL = all_trees(2, 3, 4)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(-1, 2), st.integers(-1, 2)).map(list), min_size=1, max_size=30),
     st.integers(1, 4),
@@ -51,7 +52,7 @@ def test_the_tree_from_ranks_is_the_best_of_its_size(rows: list[list[int]], node
     assert got == pytest.approx(best)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(
         st.lists(st.integers(0, 8), min_size=3, max_size=3).map(lambda row: [x / 24 for x in row]),

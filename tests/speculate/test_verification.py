@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
@@ -169,6 +169,7 @@ def cases(draw_: st.DrawFn) -> tuple[Candidates, torch.Tensor]:
     )
 
 
+@settings(deadline=None)
 @given(cases())
 def test_greedy_accepts_exactly_what_the_target_would_say(
     case: tuple[Candidates, torch.Tensor],
@@ -187,6 +188,7 @@ def test_greedy_accepts_exactly_what_the_target_would_say(
         assert margin == pytest.approx(best - second)
 
 
+@settings(deadline=None)
 @given(cases())
 def test_typical_acceptance_is_the_papers(case: tuple[Candidates, torch.Tensor]) -> None:
     candidates, logits = case
