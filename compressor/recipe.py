@@ -254,6 +254,9 @@ class Serve(_Section):
         return self.model_dump(mode="json", exclude_none=True)
 
 
+_BY_NAME = ("medusa", "eagle3", "ngram")  # methods that need no options
+
+
 class Speculate(_Section):
     """What guesses tokens ahead, for the variant to verify: one of these methods."""
 
@@ -279,8 +282,7 @@ class Speculate(_Section):
         if isinstance(value, str):
             value = {value: None}
         if isinstance(value, dict):
-            names = ("medusa", "eagle3", "ngram")
-            return {k: {} if v is None and k in names else v for k, v in value.items()}
+            return {k: {} if v is None and k in _BY_NAME else v for k, v in value.items()}
         return value
 
     @model_validator(mode="after")
@@ -1005,6 +1007,7 @@ class Recipe(_Section):
         value = self.model_dump(mode="json")
         for name, variant in self.variants.items():
             value["variants"][name]["quantize"] = [step.dump() for step in variant.quantize]
+            del value["variants"][name]["base"]  # what it had to give stands here
         return value
 
 
@@ -1065,6 +1068,8 @@ def recipe_schema() -> dict[str, Any]:
     steps = schema["$defs"]["Variant"]["properties"]["quantize"]
     by_name = {"type": "string", "enum": registry.names()}  # a step without options
     steps["items"] = {"anyOf": [steps["items"], by_name]}
+    speculate = schema["$defs"]["Variant"]["properties"]["speculate"]
+    speculate["anyOf"].append({"type": "string", "enum": list(_BY_NAME)})
     return schema
 
 

@@ -26,7 +26,10 @@ from compressor.models.checkpoint import Checkpoint
 from compressor.models.experts import UnfusedExperts, is_fused
 from compressor.models.names import disk_keys
 from compressor.models.read_ahead import ReadAhead
+from compressor.numerics import vector_math
 from compressor.numerics.memory import free_bytes
+
+vector_math.settle()  # before any model computes: all of them come through here
 
 # Siblings that read the same tensor and so share one statistic. A family that names them otherwise
 # only computes a statistic more often than needed.

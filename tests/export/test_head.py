@@ -20,7 +20,7 @@ from compressor.models.head import split
 from compressor.quantize import registry
 from compressor.quantize.codes import iterate_quantized
 from compressor.quantize.driver import quantize_model
-from compressor.stages import _quantized_model
+from compressor.stages import quantized_model
 from compressor.store import StoredStage
 from tests import tiny
 
@@ -81,7 +81,7 @@ def test_the_artifact_computes_what_was_evaluated(
     packed = {"lm_head.weight_packed", "lm_head.weight_scale", "lm_head.weight_shape"}
     assert own == ({"lm_head.weight", "lm_head.weight_scale"} if "A8" in head["scheme"] else packed)
 
-    evaluated = _quantized_model(source, stage, "cpu")
+    evaluated = quantized_model(source, stage, "cpu")
     ours = ct.load_model(tmp_path / "artifact")
     torch.testing.assert_close(logits(ours), logits(evaluated))
     (expected,) = [t for name, t, _ in iterate_quantized(stage.path) if name == "lm_head"]
@@ -123,7 +123,7 @@ def test_evaluation_scores_the_quantized_head(tmp_path: Path) -> None:
                       ignore=[r"model\.layers.*"])  # fmt: skip
     assert [name for name, _, _ in iterate_quantized(stage.path)] == ["lm_head"]
     baseline = CausalLM.open(source).load_full(torch.float32)
-    variant = _quantized_model(source, stage, "cpu")
+    variant = quantized_model(source, stage, "cpu")
     windows = np.random.default_rng(1).integers(4, 300, (5, 17)).astype(np.int32)
     _, hidden = score_baseline(baseline, windows, 2)
     scores = score_variant(variant, windows, 2, hidden, split(baseline))
@@ -157,7 +157,7 @@ def test_a_shared_weight_stored_under_the_heads_name_is_kept_for_the_embeddings(
     assert "lm_head.weight" not in written
     torch.testing.assert_close(
         logits(ct.load_model(tmp_path / "artifact")),
-        logits(_quantized_model(source, stage, "cpu")),
+        logits(quantized_model(source, stage, "cpu")),
     )
 
 
@@ -167,7 +167,7 @@ def test_families_whose_quantized_head_engines_load(tmp_path: Path, arch: str) -
     ct.check_head(CausalLM.open(source))
     stage = quantized(source, tmp_path / "codes", {"scheme": "W8A16"})
     export(source, stage, tmp_path / "artifact")
-    expected = logits(_quantized_model(source, stage, "cpu"))
+    expected = logits(quantized_model(source, stage, "cpu"))
     torch.testing.assert_close(logits(ct.load_model(tmp_path / "artifact")), expected)
     whole = logits(CausalLM.open(source).load_full(torch.float32))
     assert 0 < float((expected - whole).norm() / whole.norm()) < 0.5
