@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_no_more_is_tokenised_than_is_evaluated() -> None:
 
 
 def test_chats_go_through_the_template(tmp_path: Path) -> None:
-    tokenizer = tiny.tokenizer()
+    tokenizer = copy.copy(tiny.tokenizer())  # the others use it too
     row = {"messages": [{"role": "user", "content": "hi"}]}
     (tmp_path / "c.jsonl").write_text(json.dumps(row))
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
