@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 BASELINE = "baseline"
 # What each method's speculator is exported as.
-SPECULATOR_FORMATS = {"medusa": ("medusa",), "eagle3": ("speculators",), "draft": ("draft-model",)}
+SPECULATOR_FORMATS = {"medusa": "medusa", "eagle3": "speculators", "draft": "draft-model"}
 _PACKAGE = Path(__file__).parent
 
 # The rooms whose source decides what a stage of each kind produces.
@@ -415,10 +415,10 @@ class _Builder:
             own: all inputs that the variant is made of.
 
         Returns:
-            the exports; none of prompt lookup.
+            the export; none of prompt lookup.
         """
         from compressor.recipe import Speculation
-        from compressor.speculate.methods import TRAINED
+        from compressor.speculate.options import TRAINED
 
         speculate = self.recipe.variants[name].speculate
         assert speculate is not None
@@ -429,7 +429,8 @@ class _Builder:
             "method": speculate.method,
             "options": speculate.options.model_dump(mode="json"),
         }
-        learned, exports = [], []
+        learned: list[str] = []
+        exports: list[str] = []
         if speculate.method in TRAINED:
             taught = own if speculate.trained_on == "variant" else baseline
             estimates = self.speed.speculate(settings, speculate)
@@ -462,17 +463,17 @@ class _Builder:
                 variant=name,
             )
             learned = [corpus, features, trained]
-            for fmt in SPECULATOR_FORMATS[speculate.method]:
-                exports.append(
-                    self.add(
-                        f"export:{name}:{fmt}",
-                        "export",
-                        {"variant": name, "format": fmt, **config},
-                        [*taught, trained],
-                        Estimate(5, 1_500_000_000, 4 * self.facts.parameters),
-                        variant=name,
-                    )
+            fmt = SPECULATOR_FORMATS[speculate.method]
+            exports = [
+                self.add(
+                    f"export:{name}:{fmt}",
+                    "export",
+                    {"variant": name, "format": fmt, **config},
+                    [*taught, trained],
+                    Estimate(5, 1_500_000_000, 4 * self.facts.parameters),
+                    variant=name,
                 )
+            ]
         self.add(
             f"accept:{name}",
             "accept",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -33,6 +33,16 @@ class Task(Protocol):
 
     def update(self, *, note: str) -> None:
         """Show a note beside the bar."""
+
+
+def counting(task: Task) -> Callable[[str], None]:
+    """Counts one step of a task as done, each time with a note."""
+
+    def advance(note: str) -> None:
+        task.update(note=note)
+        task.advance(1)
+
+    return advance
 
 
 class Progress(Protocol):

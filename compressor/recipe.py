@@ -31,11 +31,11 @@ from pydantic_core import PydanticCustomError
 from compressor.errors import RecipeError
 from compressor.numerics.scheme import Scheme
 from compressor.quantize import registry
-from compressor.speculate.eagle3_training import Eagle3Options
-from compressor.speculate.medusa import MedusaOptions
-from compressor.speculate.methods import (
-    TRAINED,
+from compressor.speculate.options import (
+    OPTIONS,
     DraftModelOptions,
+    Eagle3Options,
+    MedusaOptions,
     NgramOptions,
     depth_of,
 )
@@ -287,7 +287,7 @@ class Speculate(_Section):
 
     @model_validator(mode="after")
     def _one_method(self) -> Speculate:
-        given = [name for name in (*TRAINED, "ngram") if getattr(self, name) is not None]
+        given = [name for name in OPTIONS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError("give one of medusa, eagle3, draft and ngram")
         return self
@@ -295,7 +295,7 @@ class Speculate(_Section):
     @property
     def method(self) -> str:
         """Name of the method."""
-        return next(name for name in (*TRAINED, "ngram") if getattr(self, name) is not None)
+        return next(name for name in OPTIONS if getattr(self, name) is not None)
 
     @property
     def options(self) -> BaseModel:
@@ -836,7 +836,7 @@ class Recipe(_Section):
         """A speculating variant is served by an engine that knows how."""
         if variant.speculate is None or self.measure is None:
             return
-        if self.measure.engine not in ("vllm",):
+        if self.measure.engine != "vllm":
             raise PydanticCustomError(
                 "speculate",
                 "engine {engine} is not measured with speculation: measure with vllm, or leave "

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import RecipeError
+from compressor.progress import counting
 from compressor.store import write_atomic
 
 if TYPE_CHECKING:
+    from compressor.speculate.medusa import MedusaHeads
+    from compressor.speculate.tree import Tree
     from compressor.stages import Context
 
 RAW = "decoded.jsonl"  # what acceptance was counted from
@@ -20,10 +23,11 @@ _SWEEP_LENGTH = 48  # tokens of each answer that is timed, at most
 def corpus(context: Context) -> dict[str, Any]:
     """The target's own answers to prompts, or given dialogues, tokenised."""
     from compressor.data.sources import load_messages
+    from compressor.models.end_tokens import end_tokens
     from compressor.speculate import corpus as making
 
     c = context.config
-    tokenizer = _tokenizer(context)
+    tokenizer = context.tokenizer()
     if c["answers"] == "given":
         conversations = load_messages(
             c["prompts"],
@@ -36,7 +40,7 @@ def corpus(context: Context) -> dict[str, Any]:
         made = making.dialogue_corpus(chosen, tokenizer, length=length, held_out=c["held_out"])
         made.save(context.directory)
     else:
-        prompts = prompt_tokens(context, c["prompts"], c["split"], c["field"])
+        prompts = _prompts(context, c["prompts"], c["split"], c["field"])
         chosen = _choose(prompts, c["samples"] + c["held_out"], c["seed"])
         if len(chosen) <= c["held_out"]:
             raise RecipeError(
@@ -48,11 +52,6 @@ def corpus(context: Context) -> dict[str, Any]:
         model = target(context)
         batches = making.corpus_batches(chosen, c["batch_size"])
         with context.progress.task(f"answers of {context.stage.variant}", len(batches)) as task:
-
-            def advance(note: str) -> None:
-                task.update(note=note)
-                task.advance(1)
-
             made = making.generate_corpus(
                 model,
                 chosen,
@@ -63,7 +62,7 @@ def corpus(context: Context) -> dict[str, Any]:
                 end_tokens=end_tokens(model),
                 held_out=c["held_out"],
                 directory=context.directory,
-                advance=advance,
+                advance=counting(task),
             )
     return {
         "source": c["prompts"],
@@ -89,18 +88,13 @@ def features(context: Context) -> dict[str, Any]:
         layers = tuple(context.config["layers"] or default_aux_layers(len(decoder_blocks(model))))
     batches = feature_batches(read, _FEATURE_BATCH)
     with context.progress.task(f"hidden states of {context.stage.variant}", len(batches)) as task:
-
-        def advance(note: str) -> None:
-            task.update(note=note)
-            task.advance(1)
-
         write_features(
             model,
             read,
             context.directory,
             layers=layers,
             batch_size=_FEATURE_BATCH,
-            advance=advance,
+            advance=counting(task),
         )
     return {"layers": list(layers), "tokens": int(read.lengths.sum())}
 
@@ -111,7 +105,7 @@ def speculate(context: Context) -> dict[str, Any]:
 
     from compressor.speculate.corpus import Corpus
     from compressor.speculate.features import Features
-    from compressor.speculate.methods import OPTIONS
+    from compressor.speculate.options import OPTIONS
     from compressor.speculate.pipeline import WORK, train_speculator
 
     options: Any = OPTIONS[context.config["method"]].model_validate(context.config["options"])
@@ -120,11 +114,6 @@ def speculate(context: Context) -> dict[str, Any]:
     model = target(context)
     title = f"train {context.config['method']} of {context.stage.variant}"
     with context.progress.task(title, None) as task:
-
-        def advance(note: str) -> None:
-            task.update(note=note)
-            task.advance(1)
-
         facts = train_speculator(
             options,
             model,
@@ -132,7 +121,7 @@ def speculate(context: Context) -> dict[str, Any]:
             read,
             states,
             context.directory,
-            advance=advance,
+            advance=counting(task),
         )
     shutil.rmtree(context.directory / WORK, ignore_errors=True)
     return facts
@@ -140,35 +129,31 @@ def speculate(context: Context) -> dict[str, Any]:
 
 def accept(context: Context) -> dict[str, Any]:
     """Try a speculator on prompts that it was not trained on."""
+    from compressor.models.end_tokens import end_tokens
     from compressor.speculate.cached import CachedModel
     from compressor.speculate.corpus import Corpus
     from compressor.speculate.features import Features
-    from compressor.speculate.medusa import MedusaOptions
-    from compressor.speculate.methods import OPTIONS
-    from compressor.speculate.pipeline import load_medusa_heads, make_proposer, measured_tree
+    from compressor.speculate.options import OPTIONS
+    from compressor.speculate.pipeline import make_proposers, measured_tree
     from compressor.speculate.trial import sweep, try_out
 
     c = context.config
     options: Any = OPTIONS[c["method"]].model_validate(c["options"])
-    found = prompt_tokens(context, c["test_prompts"], None, "prompt")
+    found = _prompts(context, c["test_prompts"], None, "prompt")
     prompts = _choose(found, max(c["test_samples"], *c["sweep"]), c["seed"])
     model = target(context)
     cached = CachedModel(model)
     trained = context.find("speculate")
     directory = trained.path if trained else context.directory
-    proposers = {"chain": make_proposer(options, directory, model)}
-    paths = None
-    if isinstance(options, MedusaOptions):
-        tree = measured_tree(
-            load_medusa_heads(directory).to(cached.device),
-            Corpus.load(context.need("corpus").path),
-            Features.open(context.need("features").path),
-            c["tree_nodes"],
+
+    def tree(heads: MedusaHeads) -> Tree:
+        corpus = Corpus.load(context.need("corpus").path)
+        return measured_tree(
+            heads, corpus, Features.open(context.need("features").path), c["tree_nodes"]
         )
-        paths = [list(path) for path in tree.paths]
-        proposers["tree"] = make_proposer(options, directory, model, tree)
-    elif c["method"] == "eagle3":
-        proposers["tree"] = make_proposer(options, directory, model, nodes=c["tree_nodes"])
+
+    proposers = make_proposers(options, directory, model, tree, c["tree_nodes"])
+    chosen: Tree | None = getattr(proposers.get("tree"), "tree", None)
     title = f"try {c['method']} of {context.stage.variant}"
     tried = prompts[: c["test_samples"]]
     with context.progress.task(title, (1 + len(proposers)) * len(tried)) as task:
@@ -202,16 +187,16 @@ def accept(context: Context) -> dict[str, Any]:
         "depth": c["depth"],
         "prompts": c["test_prompts"],
         "results": results,
-        "tree": paths,
+        "tree": None if chosen is None else [list(path) for path in chosen.paths],
         "times": times,
     }
 
 
-def export(context: Context, provenance: dict[str, Any], directory: Path) -> list[str]:
-    """Write a trained speculator as its engine loads it; returns what there is to say of it."""
+def export(context: Context, provenance: dict[str, Any], directory: Path) -> None:
+    """Write a trained speculator as its engine loads it."""
     from compressor.export import draft, medusa, speculators
     from compressor.models.architecture import CausalLM
-    from compressor.speculate.methods import OPTIONS
+    from compressor.speculate.options import OPTIONS
     from compressor.speculate.pipeline import DRAFT, load_eagle3_head, load_medusa_heads
 
     trained, load = context.need("speculate"), context.need("load")
@@ -235,28 +220,24 @@ def export(context: Context, provenance: dict[str, Any], directory: Path) -> lis
         )
     else:
         draft.export(trained.path / DRAFT, context.model_dir, provenance, directory)
-    return []
 
 
 def speculative_config(settings: dict[str, Any], directory: Path | None) -> str:
-    """What vLLM's ``--speculative-config`` takes for a variant.
+    """What vLLM is told of a variant's speculation.
 
     Args:
         settings: ``method``, ``depth`` and ``options`` of the recipe.
         directory: the exported speculator; None for prompt lookup.
     """
-    depth, options = settings["depth"], settings["options"]
+    from compressor.export import vllm
+
+    lookup, options = {}, settings["options"]
     if directory is None:
-        value = {
-            "method": "ngram",
-            "num_speculative_tokens": depth,
+        lookup = {
             "prompt_lookup_min": options["shortest"],
             "prompt_lookup_max": options["longest"],
         }
-    else:
-        method = {"draft": "draft_model"}.get(settings["method"], settings["method"])
-        value = {"method": method, "model": str(directory), "num_speculative_tokens": depth}
-    return json.dumps(value)
+    return vllm.speculative_config(settings["method"], settings["depth"], directory, **lookup)
 
 
 def target(context: Context) -> Any:
@@ -275,20 +256,12 @@ def target(context: Context) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def end_tokens(model: Any) -> set[int]:
-    """Ids after which an answer is over."""
-    for config in (model.generation_config, model.config):
-        found = getattr(config, "eos_token_id", None)
-        if found is not None:
-            return set(found) if isinstance(found, list) else {found}
-    return set()
-
-
-def prompt_tokens(context: Context, source: str, split: str | None, field: str) -> list[list[int]]:
+def _prompts(context: Context, source: str, split: str | None, field: str) -> list[list[int]]:
     """Prompts as they are served: in the chat template, where there is one; long ones left out."""
     from compressor.data.sources import load_texts
+    from compressor.data.tokens import prompt_tokens
 
-    tokenizer = _tokenizer(context)
+    tokenizer = context.tokenizer()
     texts = load_texts(
         source,
         split=split,
@@ -298,11 +271,7 @@ def prompt_tokens(context: Context, source: str, split: str | None, field: str) 
     )
     found = []
     for text in texts:
-        if tokenizer.chat_template:
-            chat = [{"role": "user", "content": text}]
-            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        else:
-            ids = tokenizer(text)["input_ids"]
+        ids = prompt_tokens(text, tokenizer)
         if 0 < len(ids) <= context.config["input_length"]:
             found.append(list(ids))
     return found
@@ -314,9 +283,3 @@ def _choose(items: list[Any], count: int, seed: int) -> list[Any]:
 
     order = np.random.default_rng(seed).permutation(len(items))[:count]
     return [items[i] for i in order]
-
-
-def _tokenizer(context: Context) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(context.model_dir)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from compressor import speculate_stages
 from compressor.errors import RunError
 from compressor.plan import Stage
-from compressor.progress import Progress
+from compressor.progress import Progress, counting
 from compressor.store import StoredStage
 
 if TYPE_CHECKING:
@@ -67,6 +67,12 @@ class Context:
         """Checkpoint that the stage works on: the rotated one where the variant is rotated."""
         rotated = self.find("rotate")
         return rotated.path / "checkpoint" if rotated else self.baseline_dir
+
+    def tokenizer(self) -> Any:
+        """That of the checkpoint that the stage works on."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.model_dir)
 
 
 def model_dir(load: StoredStage) -> Path:
@@ -124,7 +130,7 @@ def calibrate(context: Context) -> dict[str, Any]:
     from compressor.data.tokens import pack_tokens, tokens_sha256
 
     c = context.config
-    tokenizer = _tokenizer(context)
+    tokenizer = context.tokenizer()
     texts = load_texts(
         c["source"],
         split=c["split"],
@@ -145,7 +151,7 @@ def texts(context: Context) -> dict[str, Any]:
     from compressor.data.sources import load_texts
     from compressor.data.tokens import evaluation_windows, tokens_sha256
 
-    tokenizer = _tokenizer(context)
+    tokenizer = context.tokenizer()
     found = []
     for text in context.config["texts"]:
         loaded = load_texts(
@@ -244,11 +250,6 @@ def quantize(context: Context) -> dict[str, Any]:
     total = len(model.blocks) + (head is not None)
     total += sum(r.options.steps for r in refinements if r.level == "model")
     with context.progress.task(title, total) as task:
-
-        def advance(note: str) -> None:
-            task.update(note=note)
-            task.advance(1)
-
         facts = quantize_model(
             model,
             algorithm,
@@ -264,7 +265,7 @@ def quantize(context: Context) -> dict[str, Any]:
             all_experts=context.config.get("all_experts", False),
             dtype=dtype,
             device=device,
-            advance=advance,
+            advance=counting(task),
         )
     facts["kv_cache"] = kv_cache
     return facts | ({"allocation": allocation} if allocation else {})
@@ -276,13 +277,8 @@ def _quantize_by_library(context: Context, cls: Any, options: dict[str, Any]) ->
     model = CausalLM.open(context.model_dir)
     title = f"quantize {context.stage.variant}"
     with context.progress.task(title, len(model.blocks)) as task:
-
-        def advance(note: str) -> None:
-            task.update(note=note)
-            task.advance(1)
-
         return cls(cls.Options(**options)).quantize_checkpoint(
-            model, context.directory, ignore=context.config["ignore"], advance=advance
+            model, context.directory, ignore=context.config["ignore"], advance=counting(task)
         )
 
 
@@ -426,8 +422,6 @@ def evaluate(context: Context) -> dict[str, Any]:
 
 def measure(context: Context) -> dict[str, Any]:
     """Measure every exported variant, interleaved, on the same prompts."""
-    from transformers import AutoTokenizer
-
     from compressor.data.sources import load_texts
     from compressor.measure import fleet, runner
     from compressor.measure.settings import MeasureSettings, serves
@@ -448,7 +442,7 @@ def measure(context: Context) -> dict[str, Any]:
         stored.verify()
         # The manifest names the variant that it was made for; others may share it.
         artifacts.setdefault(stage.split(":")[1], stored)
-    tokenizer = AutoTokenizer.from_pretrained(context.model_dir)
+    tokenizer = context.tokenizer()
     prompts = load_texts(
         settings.prompts,
         field="prompt",
@@ -537,12 +531,6 @@ FUNCTIONS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "evaluate": evaluate,
     "measure": measure,
 }
-
-
-def _tokenizer(context: Context) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(context.model_dir)
 
 
 def algorithms(steps: list[dict[str, Any]], scale_dtype: Any) -> tuple[list[Any], Any, list[Any]]:

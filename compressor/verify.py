@@ -344,8 +344,9 @@ def _check_recipe(run: _Run, check: Check) -> None:
             own = {key: value for key, value in own.items() if value is not None}
             check.expect(record.LOCK, f"variants.{name}.serve", own, served.get(name, {}))
             own = (lock.get("variants") or {}).get(name, {}).get("speculate") or {}
-            for method, found in ((g["method"], g["options"]) for g in [guessed.get(name)] if g):
-                check.expect(record.LOCK, f"variants.{name}.speculate", own.get(method), found)
+            if (found := guessed.get(name)) is not None:
+                wanted = own.get(found["method"])
+                check.expect(record.LOCK, f"variants.{name}.speculate", wanted, found["options"])
     for stage in run.of_kind("texts"):
         listed = [
             {key: value for key, value in text.items() if key != "file_sha256"}

@@ -25,6 +25,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from compressor.data.sources import load_texts
+from compressor.data.tokens import prompt_tokens
 from compressor.doctor import vllm_python
 from compressor.errors import CompressorError, RunError
 from compressor.export.compressed_tensors import load_model
@@ -62,19 +63,11 @@ def served_loss(server: VllmServer, text: list[int]) -> float:
     return -sum(scores) / len(scores)
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a prompt, as a chat where the model has a template."""
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    return tokenizer(text)["input_ids"]
-
-
 def check(directory: Path, python: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Load proof and agreement of one directory."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     texts = load_texts("builtin:prompts", field="prompt", base_dir=Path())[: args.prompts]
-    prompts = [encode(tokenizer, text) for text in texts]
+    prompts = [prompt_tokens(text, tokenizer) for text in texts]
     (novel,) = load_texts("builtin:novel", field="text", base_dir=Path())[:1]
     text = tokenizer(novel[: 8 * args.text])["input_ids"][: args.text]
     result: dict[str, Any] = {"directory": str(directory), "loads": False, "prompts": len(prompts)}

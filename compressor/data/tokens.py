@@ -31,6 +31,14 @@ def tokenise(texts: Iterable[str], tokenizer: Any, max_tokens: int | None = None
     return np.asarray(pieces[:max_tokens], dtype=np.int32)
 
 
+def prompt_tokens(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a prompt as it is served: as a chat where the model has a template."""
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    return tokenizer(text)["input_ids"]
+
+
 def pack_tokens(
     texts: Sequence[str], tokenizer: Any, samples: int, length: int, seed: int
 ) -> np.ndarray:

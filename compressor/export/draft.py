@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,6 @@ from compressor.models.checkpoint import INDEX, SINGLE
 from compressor.speculate.draft import check_tokenizer
 
 NAME = "draft-model"
-
-
-def speculative_config(directory: str, tokens: int) -> str:
-    """What ``vllm serve --speculative-config`` takes, one line of JSON.
-
-    Args:
-        directory: of the draft.
-        tokens: drafted per step.
-    """
-    made = {"method": "draft_model", "model": directory, "num_speculative_tokens": tokens}
-    return json.dumps(made)
 
 
 def export(draft: Path, target: Path, provenance: dict[str, Any], directory: Path) -> None:

@@ -106,12 +106,6 @@ def load_medusa(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any
     return state, shape
 
 
-def speculative_config(directory: Path, heads: int) -> str:
-    """What follows ``vllm serve TARGET --speculative-config``, as one argument."""
-    value = {"method": "medusa", "model": str(directory), "num_speculative_tokens": heads}
-    return json.dumps(value)
-
-
 def export_tgi(
     state: Mapping[str, torch.Tensor],
     shape: Mapping[str, Any],

@@ -36,17 +36,6 @@ _LAYER = (
 )  # fmt: skip
 
 
-def speculative_config(directory: str, tokens: int) -> str:
-    """What ``vllm serve --speculative-config`` takes, one line of JSON.
-
-    Args:
-        directory: of the head.
-        tokens: drafted per step.
-    """
-    made = {"method": "eagle3", "model": directory, "num_speculative_tokens": tokens}
-    return json.dumps(made)
-
-
 def export(
     head: Eagle3,
     directory: Path,

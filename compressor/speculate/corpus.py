@@ -142,8 +142,13 @@ class Corpus:
 
 def corpus_batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
     """The prompts that are answered together, by index: those of like length, the longest last."""
-    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return batches_of_like_length(list(map(len, prompts)), batch_size)
+
+
+def batches_of_like_length(lengths: Sequence[int] | np.ndarray, size: int) -> list[list[int]]:
+    """Indices in batches of so many, the shortest first."""
+    order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def generate_corpus(

@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,8 +26,7 @@ from compressor.models.checkpoint import TensorWriter
 from compressor.models.head import Head, last_hidden, split
 from compressor.speculate.corpus import Corpus
 from compressor.speculate.features import block_outputs, decoder_blocks
-
-Method = Literal["influence", "divergence"]
+from compressor.speculate.options import ChosenBy
 
 _MAX_SHARD_BYTES = 5_000_000_000
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -167,7 +166,7 @@ def choose_blocks(
     model: Any,
     corpus: Corpus,
     keep: int,
-    method: Method = "influence",
+    method: ChosenBy = "influence",
     *,
     samples: int = 16,
     advance: Callable[[str], None] = lambda note: None,

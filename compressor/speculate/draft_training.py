@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -25,21 +24,10 @@ from compressor.speculate.chains import chain_figures
 from compressor.speculate.corpus import Corpus, Part
 from compressor.speculate.draft import write_draft
 from compressor.speculate.features import Features
-from compressor.speculate.losses import Kind, Target, output_losses, ranks, top_k_accuracy
+from compressor.speculate.losses import Target, output_losses, ranks, top_k_accuracy
 from compressor.speculate.medusa import TOP, places, trainable
-from compressor.speculate.training import SpeculatorOptions, train
-
-
-class DraftOptions(SpeculatorOptions):
-    """Options of a draft model made from the target."""
-
-    loss: Kind = Field("kl", description="See `compressor.speculate.losses`.")
-    depth: int = Field(
-        4, ge=1, le=16, description="Tokens in a row that its figures, and its score, count with."
-    )
-    learning_rate: float = Field(
-        3e-4, gt=0, description="At its peak (AdamW, cosine to zero): it starts from the target."
-    )
+from compressor.speculate.options import DraftOptions
+from compressor.speculate.training import train
 
 
 def distil_draft(
@@ -76,9 +64,7 @@ def distil_draft(
     """
     write_draft(source, keep, work)
     opened = CausalLM.open(work)
-    weight = output.lm_head.weight if hasattr(output.lm_head, "weight") else None
-    device = weight.device if isinstance(weight, torch.Tensor) else _device(output.lm_head)
-    model = opened.load_full(torch.float32, device)
+    model = opened.load_full(torch.float32, _device(output.lm_head))
     facts = train_draft(model, output, corpus, features, options, work, advance=advance)
     parameters = model.named_parameters(remove_duplicate=False)  # tied ones may be stored twice
     trained = {opened.disk_name(name): p.detach() for name, p in parameters}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch.nn.utils.rnn import pad_sequence
 
 from compressor.errors import RunError
@@ -21,37 +20,10 @@ from compressor.speculate.corpus import Corpus, Part
 from compressor.speculate.eagle3 import Eagle3, start_from_target
 from compressor.speculate.eagle3_config import config_for
 from compressor.speculate.features import Features
-from compressor.speculate.losses import Kind, Target, output_losses, ranks, top_k_accuracy
+from compressor.speculate.losses import Target, output_losses, ranks, top_k_accuracy
 from compressor.speculate.medusa import TOP, places, trainable
-from compressor.speculate.training import SpeculatorOptions, train
-
-
-class Eagle3Options(SpeculatorOptions):
-    """Options of an EAGLE-3 head."""
-
-    depth: int = Field(
-        4, ge=1, le=16, description="Steps of the training-time test: tokens drafted in a row."
-    )
-    decay: float = Field(0.8, gt=0, le=1, description="Weight of each step's loss over the last's.")
-    loss: Kind = Field("kl", description="See `compressor.speculate.losses`.")
-    draft_vocabulary: int | None = Field(
-        None,
-        ge=1,
-        description="The head knows so many tokens, the most frequent ones of the answers trained "
-        "on; all where not given.",
-    )
-    aux_layers: tuple[int, ...] | None = Field(
-        None,
-        min_length=1,
-        description="The target's features are taken after so many decoder blocks; 2, the middle "
-        "and three before the end where not given.",
-    )
-    norm_before_residual: bool = Field(
-        True, description="The layer's residual stream begins with the normed hidden state."
-    )
-    fc_norm: bool = Field(
-        True, description="An RMS norm over the features of each layer before they are fused."
-    )
+from compressor.speculate.options import Eagle3Options, Kind
+from compressor.speculate.training import train
 
 
 def make_head(

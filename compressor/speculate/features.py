@@ -23,7 +23,7 @@ from torch import nn
 
 from compressor.errors import RunError
 from compressor.models.head import last_hidden
-from compressor.speculate.corpus import Corpus
+from compressor.speculate.corpus import Corpus, batches_of_like_length
 
 _HIDDEN, _AUX, _FACTS = "hidden.bf16", "aux.bf16", "features.json"
 _CHECKPOINT_SECONDS = 20.0
@@ -153,8 +153,7 @@ class Features:
 
 def feature_batches(corpus: Corpus, batch_size: int) -> list[list[int]]:
     """The samples that run together: those of like length."""
-    order = sorted(range(len(corpus.tokens)), key=lambda row: (corpus.lengths[row], row))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return batches_of_like_length(corpus.lengths, batch_size)
 
 
 @torch.inference_mode()

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-Kind = Literal["cross_entropy", "kl", "total_variation", "lk"]
+from compressor.speculate.options import Kind
+
 KINDS: tuple[str, ...] = get_args(Kind)
 
 CHUNK = 128  # tokens whose logits are in memory at once

@@ -13,44 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 from torch.nn import functional
 
 from compressor.errors import RunError
 from compressor.models.head import Head
+from compressor.speculate.chains import chain_figures
 from compressor.speculate.corpus import Corpus, Part
 from compressor.speculate.features import Features
-from compressor.speculate.losses import Kind, Target, output_losses, ranks, top_k_accuracy
-from compressor.speculate.training import SpeculatorOptions, train
+from compressor.speculate.losses import Target, output_losses, ranks, top_k_accuracy
+from compressor.speculate.options import Kind, MedusaOptions, Output
+from compressor.speculate.training import train
 
-Output = Literal["own", "shared", "original"]
 States = Callable[[int], torch.Tensor]
 
 TOP = 5  # the likeliest tokens that accuracies are given for
-
-
-class MedusaOptions(SpeculatorOptions):
-    """Options of Medusa heads."""
-
-    heads: int = Field(4, ge=1, le=16, description="Tokens drafted per step.")
-    layers: int = Field(1, ge=1, description="Residual blocks of each head.")
-    output: Output = Field(
-        "shared",
-        description="Output layers: one for each head (own), one for all of them (shared), or the "
-        "target's as it is (original).",
-    )
-    draft_vocabulary: int | None = Field(
-        None,
-        ge=1,
-        description="The heads know so many tokens, the most frequent ones of the answers trained "
-        "on. vLLM loads that with output: shared or original.",
-    )
-    loss: Kind = Field("cross_entropy", description="See `compressor.speculate.losses`.")
-    decay: float = Field(0.8, gt=0, le=1, description="Weight of each head's loss over the last's.")
 
 
 class _Block(nn.Module):
@@ -332,15 +312,13 @@ def held_out_accuracy(
         part: of the corpus.
 
     Returns:
-        ``top``: of each head, the shares of positions at which its `TOP` likeliest tokens, the
-        first one, two, ... of them, hold the right one. ``expected_length``: tokens per step of the
-        target with a chain of the likeliest tokens, over all positions alike. ``tokens_per_step``:
-        the same of decoding these answers, which visits some positions only (what a lossless greedy
-        decoder comes to, where the answers are greedy). ``score``: the former.
+        `chain_figures`, ``score`` (its ``expected_length``), and ``top``: of each head, the shares
+        of positions at which its `TOP` likeliest tokens, the first one, two, ... of them, hold the
+        right one.
     """
     count = len(heads.blocks)
     by_head: list[list[torch.Tensor]] = [[] for _ in range(count)]
-    drafted = positions = steps = said = 0
+    chains = []
     for row in corpus.rows(part):
         start, length = int(corpus.starts[row]), int(corpus.lengths[row])
         tokens = torch.from_numpy(corpus.row(row).astype("int64"))
@@ -356,17 +334,10 @@ def held_out_accuracy(
             ).cpu()
             by_head[i].append(rank)
             right[:there, i] = rank == 0
-        runs = right.long().cumprod(-1).sum(-1)
-        drafted, positions = drafted + int(runs.sum()), positions + len(runs)
-        place = 0
-        while place < len(runs):
-            place += 1 + int(runs[place])
-            steps += 1
-        said += len(runs)
-    expected = 1 + drafted / max(positions, 1)
+        chains.append(right)
+    figures = chain_figures(chains)
     return {
-        "score": expected,
-        "expected_length": expected,
-        "tokens_per_step": said / max(steps, 1),
+        "score": figures["expected_length"],
+        **figures,
         "top": [top_k_accuracy(torch.cat(ranked), TOP) for ranked in by_head],
     }

@@ -24,12 +24,12 @@ from compressor.speculate.losses import Target, output_losses
 from compressor.speculate.medusa import (
     Batch,
     MedusaHeads,
-    MedusaOptions,
     States,
     held_out_accuracy,
     places,
     trainable,
 )
+from compressor.speculate.options import MedusaOptions
 from compressor.speculate.training import train
 
 

@@ -22,12 +22,17 @@ from compressor.speculate.draft_training import distil_draft
 from compressor.speculate.eagle3 import Eagle3
 from compressor.speculate.eagle3_config import config_for
 from compressor.speculate.eagle3_proposer import Eagle3Proposer
-from compressor.speculate.eagle3_training import Eagle3Options, make_head, train_eagle3
+from compressor.speculate.eagle3_training import make_head, train_eagle3
 from compressor.speculate.features import Features
-from compressor.speculate.medusa import MedusaHeads, MedusaOptions, train_medusa
+from compressor.speculate.medusa import MedusaHeads, train_medusa
 from compressor.speculate.medusa_proposer import MedusaProposer, measure_ranks
-from compressor.speculate.methods import DraftModelOptions, NgramOptions
 from compressor.speculate.ngram import NgramProposer
+from compressor.speculate.options import (
+    DraftModelOptions,
+    Eagle3Options,
+    MedusaOptions,
+    NgramOptions,
+)
 from compressor.speculate.proposer import Proposer
 from compressor.speculate.tree import Tree, tree_from_ranks
 
@@ -111,29 +116,37 @@ def load_eagle3_head(directory: Path, options: Eagle3Options, config: Any) -> Ea
     return head.eval()
 
 
-def make_proposer(
-    options: BaseModel, directory: Path, target: Any, tree: Tree | None = None, nodes: int = 0
-) -> Proposer:
-    """What proposes with a speculator.
+def make_proposers(
+    options: BaseModel,
+    directory: Path,
+    target: Any,
+    tree: Callable[[MedusaHeads], Tree],
+    nodes: int,
+) -> dict[str, Proposer]:
+    """What proposes with a speculator, by the shape of its candidates: ``chain``, and ``tree``
+    where the method has one.
 
     Args:
         options: as it was trained with.
         directory: that `train_speculator` filled; not read for prompt lookup.
         target: the loaded target.
-        tree: of Medusa's guesses; a chain of the likeliest where not given.
-        nodes: of EAGLE-3's tree; 0 for a chain.
+        tree: of Medusa's guesses, for these heads; see `measured_tree`.
+        nodes: of EAGLE-3's tree.
     """
     device = next(target.parameters()).device
     if isinstance(options, NgramOptions):
-        return NgramProposer(options.shortest, options.longest)
+        return {"chain": NgramProposer(options.shortest, options.longest)}
     if isinstance(options, MedusaOptions):
-        return MedusaProposer(load_medusa_heads(directory).to(device).eval(), tree)
+        heads = load_medusa_heads(directory).to(device).eval()
+        return {"chain": MedusaProposer(heads), "tree": MedusaProposer(heads, tree(heads))}
     if isinstance(options, Eagle3Options):
         head = load_eagle3_head(directory, options, target.config).to(device)
-        return Eagle3Proposer(head, branches=_BRANCHES if nodes else 1, nodes=nodes)
+        branching = Eagle3Proposer(head, branches=_BRANCHES, nodes=nodes)
+        return {"chain": Eagle3Proposer(head), "tree": branching}
     dtype = target.get_input_embeddings().weight.dtype
     draft = CausalLM.open(directory / DRAFT).load_full(dtype, device)
-    return DraftProposer(CachedModel(draft), target.config.get_text_config().vocab_size)
+    vocabulary = target.config.get_text_config().vocab_size
+    return {"chain": DraftProposer(CachedModel(draft), vocabulary)}
 
 
 def measured_tree(heads: MedusaHeads, corpus: Corpus, features: Features, nodes: int) -> Tree:

@@ -13,15 +13,15 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from torch import nn
 
 from compressor.errors import RunError
 from compressor.models.checkpoint import drop_unfinished, save_whole
+from compressor.speculate.options import SpeculatorOptions
 from compressor.speculate.processes import processes
 
 STATE = "training.safetensors"  # while it goes on
@@ -33,31 +33,6 @@ _BETAS = (0.9, 0.95)
 _CLIP = 1.0
 _NON_FINITE = 3  # such steps in a row mean that something is wrong
 _WRITING_SHARE = 0.05  # of the time that checkpoints may take, where the disk is slow
-
-
-class SpeculatorOptions(BaseModel):
-    """What the options of every speculator are made from."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    epochs: int = Field(10, ge=1, description="Times that every sample is trained on.")
-    learning_rate: float = Field(1e-3, gt=0, description="At its peak (AdamW, cosine to zero).")
-    batch_size: int = Field(4, ge=1, description="Samples whose gradients are taken at once.")
-    accumulate: int = Field(
-        1, ge=1, description="Such batches per step, over all processes together."
-    )
-    warm_up: float = Field(
-        0.05, ge=0, le=1, description="Share of the steps in which the rate rises."
-    )
-    weight_decay: float = Field(0.0, ge=0, description="Of AdamW.")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Of the products; what is trained is float32 either way."
-    )
-    evaluations: int = Field(1, ge=1, description="Evaluations on the samples held out, per epoch.")
-    patience: int = Field(
-        3, ge=0, description="Evaluations without a gain after which training stops; 0: never."
-    )
-    seed: int = Field(0, ge=0, description="Of the order of samples.")
 
 
 def steps_per_epoch(rows: int, options: SpeculatorOptions) -> int:

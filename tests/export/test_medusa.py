@@ -19,8 +19,8 @@ from compressor.export.medusa import (
     export_tgi,
     export_vllm,
     load_medusa,
-    speculative_config,
 )
+from compressor.export.vllm import speculative_config
 from compressor.speculate.medusa import MedusaHeads
 from compressor.store import file_sha256
 
@@ -199,7 +199,7 @@ def test_directories_are_complete_and_equal(tmp_path: Path) -> None:
 
 
 def test_the_option_for_vllm_is_one_json_argument(tmp_path: Path) -> None:
-    assert json.loads(speculative_config(tmp_path, 4)) == {
+    assert json.loads(speculative_config("medusa", 4, tmp_path)) == {
         "method": "medusa",
         "model": str(tmp_path),
         "num_speculative_tokens": 4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from compressor.errors import RunError
-from compressor.export import draft, speculators
+from compressor.export import draft, speculators, vllm
 from compressor.models.architecture import CausalLM
 from compressor.models.checkpoint import SINGLE
 from compressor.speculate.draft import write_draft
 from compressor.speculate.eagle3 import Eagle3
 from compressor.speculate.eagle3_config import Eagle3Config
 from tests import tiny
+from tests.speculate import samples
 
-CONFIG = Eagle3Config(
-    hidden_size=32,
-    intermediate_size=48,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=12,
-    vocab_size=50,
-    draft_vocab_size=20,
-    aux_layers=(1, 2, 4),
-    rms_norm_eps=1e-5,
-    max_position_embeddings=512,
+CONFIG = replace(
+    samples.CONFIG,
     rope_parameters={"rope_type": "default", "rope_theta": 20_000.0},
     norm_before_residual=False,
-    fc_norm=True,
 )
 VERIFIER = {"name_or_path": "some/target", "architectures": ["LlamaForCausalLM"]}
 
@@ -173,12 +165,12 @@ def test_a_head_must_draft_something(tmp_path: Path) -> None:
 
 
 def test_engine_arguments_are_one_line_of_json() -> None:
-    assert json.loads(speculators.speculative_config("/a b", 3)) == {
+    assert json.loads(vllm.speculative_config("eagle3", 3, Path("/a b"))) == {
         "method": "eagle3",
         "model": "/a b",
         "num_speculative_tokens": 3,
     }
-    line = draft.speculative_config("/d", 5)
+    line = vllm.speculative_config("draft", 5, Path("/d"))
     assert json.loads(line)["method"] == "draft_model" and "\n" not in line
 
 

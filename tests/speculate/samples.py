@@ -12,8 +12,25 @@ import torch
 from compressor.models.architecture import CausalLM
 from compressor.models.head import Head, split
 from compressor.speculate.corpus import Corpus, generate_corpus
+from compressor.speculate.eagle3_config import Eagle3Config
 from compressor.speculate.features import Features, write_features
 from tests import tiny
+
+CONFIG = Eagle3Config(
+    hidden_size=32,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    vocab_size=50,
+    draft_vocab_size=20,
+    aux_layers=(1, 2, 4),
+    rms_norm_eps=1e-5,
+    max_position_embeddings=512,
+    rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+    norm_before_residual=True,
+    fc_norm=True,
+)
 
 
 class Sample(NamedTuple):

@@ -20,22 +20,8 @@ from compressor.speculate import eagle3
 from compressor.speculate.eagle3 import Eagle3, start_from_target
 from compressor.speculate.eagle3_config import Eagle3Config, config_for, default_aux_layers
 from tests import tiny
+from tests.speculate.samples import CONFIG
 
-CONFIG = Eagle3Config(
-    hidden_size=32,
-    intermediate_size=48,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=12,
-    vocab_size=50,
-    draft_vocab_size=20,
-    aux_layers=(1, 2, 4),
-    rms_norm_eps=1e-5,
-    max_position_embeddings=512,
-    rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-    norm_before_residual=True,
-    fc_norm=True,
-)
 STEPS = 4
 
 

@@ -41,7 +41,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from compressor.errors import RunError
-from compressor.measure.engines.inflight import InProcessClient, Ticket, end_tokens, message
+from compressor.measure.engines.inflight import InProcessClient, Ticket, message
 from compressor.measure.engines.transformers import (
     Loader,
     model_bytes,
@@ -49,6 +49,7 @@ from compressor.measure.engines.transformers import (
     model_kernel,
 )
 from compressor.models import ragged
+from compressor.models.end_tokens import end_tokens
 
 Attention = Literal["auto", "ragged_causal", "sdpa", "flash_attention_2", "flash_attention_3"]
 

@@ -13,7 +13,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from compressor.measure.engines.base import RequestSample
 
@@ -127,15 +127,6 @@ class InProcessClient:
 
     async def close(self) -> None:
         """There are no connections."""
-
-
-def end_tokens(model: Any) -> frozenset[int]:
-    """End-of-sequence token ids: those of the generation config, else of the config."""
-    for config in (getattr(model, "generation_config", None), model.config):
-        found = getattr(config, "eos_token_id", None)
-        if found is not None:
-            return frozenset([found] if isinstance(found, int) else found)
-    return frozenset()
 
 
 def message(error: BaseException) -> str:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor.measure.engines.inflight import InProcessClient, Ticket, end_tokens, message
+from compressor.measure.engines.inflight import InProcessClient, Ticket, message
 from compressor.measure.engines.transformers import CacheKind, Loader, TransformersEngine
+from compressor.models.end_tokens import end_tokens
 
 _STOP_SECONDS = 60.0
 _STOPPED = "the engine was stopped before the request ended"
