@@ -120,9 +120,7 @@ def _forward(
     )
 
 
-def _shares_keys_under(
-    mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
-) -> bool:
+def _shares_keys_under(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether heads share keys under an additive mask that is the same for all of them, in a pass
     of few enough tokens to hold all scores."""
     return (
