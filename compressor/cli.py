@@ -1,7 +1,8 @@
 """The `compress` command.
 
 Exit codes: 0 all went well, 1 the run failed (or one of its variants), 2 the recipe or the command
-line is at fault, 130 interrupted.
+line is at fault, 3 a variant did not pass the gate (or `compare` found a regression), 130
+interrupted. Where a variant failed and another did not pass the gate, it is 1.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from compressor.recipe import Recipe
 
 TRACEBACK = "COMPRESSOR_TRACEBACK"
+GATE_FAILED = 3
 INTERRUPTED = 130
 _FAILURES_SHOWN = 12  # of each check
 
@@ -104,6 +106,7 @@ def run(
 ) -> None:
     """Do what the recipe says: quantize, evaluate, measure, export, report."""
     from compressor.progress import make_progress
+    from compressor.report.quality import gate_lines
     from compressor.report.terminal import closing
     from compressor.run import execute
 
@@ -124,8 +127,13 @@ def run(
         console.print(f"report: {result.run_dir / 'report' / 'index.html'}", soft_wrap=True)
     for variant, message in result.failed_variants.items():
         _complain(f"{variant} failed: {message}")
+    lines = gate_lines(result.report)
+    for line in lines if quiet else ():  # else the closing table has them
+        _complain(line)
     if result.failed_variants:
         raise typer.Exit(1)
+    if lines:
+        raise typer.Exit(GATE_FAILED)
 
 
 @app.command()
