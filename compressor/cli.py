@@ -347,6 +347,65 @@ def verify(
 
 
 @app.command()
+def compare(
+    run_a: Annotated[
+        Path, typer.Argument(help="Directory of the run that is the reference.", metavar="RUN_A")
+    ],
+    run_b: Annotated[
+        Path, typer.Argument(help="Directory of the run that is judged.", metavar="RUN_B")
+    ],
+    quality: Annotated[
+        str,
+        typer.Option(
+            "--max-loss", help="Tolerated loss of accuracy (absolute) and growth of perplexity."
+        ),
+    ] = "1%",
+    cost: Annotated[
+        str, typer.Option("--max-cost", help="Tolerated growth of the cost per output token.")
+    ] = "5%",
+    size: Annotated[
+        str, typer.Option("--max-size", help="Tolerated growth of the artifact.")
+    ] = "1%",
+    junit: Annotated[
+        Path | None, typer.Option("--junit", help="Write a JUnit file.", metavar="FILE")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what became worse from one run to another: quality, cost and size of each variant.
+
+    A figure is a regression where it is worse by more than what is tolerated and its 95% interval
+    excludes that nothing became worse. The exit code is 3 where there is one.
+    """
+    from compressor.compare import compare as compare_runs
+    from compressor.compare import write_junit
+    from compressor.evaluate.options import parse_share
+
+    tolerated = {}
+    for name, option, text in (
+        ("quality", "--max-loss", quality),
+        ("cost", "--max-cost", cost),
+        ("size", "--max-size", size),
+    ):
+        if (share := parse_share(text)) is None:
+            raise RecipeError(f"{text!r} is no share", where=option, fix="for example 1% or 0.01")
+        tolerated[name] = share
+    found = compare_runs(run_a, run_b, **tolerated)
+    if junit is not None:
+        write_junit(found, junit)
+    worse = [one for one in found if one.regressed]
+    if as_json:
+        typer.echo(json.dumps([one.to_dict() for one in found], indent=1))
+    else:
+        console = Console()
+        for one in found:
+            style = "bold red" if one.regressed else ""
+            console.print(Text(one.sentence, style=style), soft_wrap=True)
+        console.print(f"{len(found)} compared, {len(worse)} worse")
+    if worse:
+        raise typer.Exit(GATE_FAILED)
+
+
+@app.command()
 def estimate(
     model: Annotated[str, typer.Argument(help="Hub id, directory, .gguf file.")],
     device: Annotated[

@@ -554,9 +554,7 @@ class _Builder:
             found["positions"] = settings.positions.model_dump(mode="json", exclude={"bins"})
         if settings.drift is not None:
             found["drift"] = settings.drift.model_dump(mode="json", exclude={"batch_size"})
-            found["drift"] |= _local_file(
-                settings.drift.prompts, self.recipe.base_dir, self.store
-            )
+            found["drift"] |= _local_file(settings.drift.prompts, self.recipe.base_dir, self.store)
         return found
 
     def _evaluate_settings(self) -> dict[str, Any]:
@@ -568,7 +566,8 @@ class _Builder:
             "length": settings.length,
             "bins": settings.positions.bins,
             "positions": settings.positions.length,
-            "drift": drift and {key: getattr(drift, key) for key in ("output_length", "batch_size")},
+            "drift": drift
+            and {key: getattr(drift, key) for key in ("output_length", "batch_size")},
         }
 
     def _evaluated_tokens(self) -> int:

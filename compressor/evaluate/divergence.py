@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +152,7 @@ def summarise(scores: Scores, baseline: Scores, n_bytes: int, seed: int = 0) -> 
     return result
 
 
-def by_position(
-    scores: Scores, baseline: Scores, bins: int, seed: int = 0
-) -> list[dict[str, Any]]:
+def by_position(scores: Scores, baseline: Scores, bins: int, seed: int = 0) -> list[dict[str, Any]]:
     """Perplexity where tokens have little and where they have much context.
 
     Args:
@@ -169,14 +168,14 @@ def by_position(
     predicted = scores.nll.shape[1]
     edges = np.linspace(0, predicted, min(bins, predicted) + 1).round().astype(int)
     rows = []
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges.tolist()):
         own, reference = (_by_window(each.nll[:, start:stop]) for each in (scores, baseline))
         kl = None if scores.kl is None else scores.kl[:, start:stop]
         changes = np.expm1(resampled_means(own - reference, seed=seed))
         rows.append(
             {
-                "first": int(start) + 1,
-                "last": int(stop),
+                "first": start + 1,
+                "last": stop,
                 "perplexity": math.exp(float(own.mean())),
                 "perplexity_change": math.expm1(float((own - reference).mean())),
                 "perplexity_ci": list(interval(changes)),

@@ -10,11 +10,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 TOLERANCE = 0.01
 
 
+def parse_share(text: str) -> float | None:
+    """`1%` or `0.01` as 0.01; None where it is neither."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
+    return float(found[1]) / (100 if found[2] else 1) if found else None
+
+
 def _share(value: Any) -> Any:
-    """`1%` as 0.01; anything else is left to the check of numbers."""
-    if isinstance(value, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value)):
-        return float(found[1]) / 100
-    return value
+    """Text that is a share as a number; anything else is left to the check of numbers."""
+    found = parse_share(value) if isinstance(value, str) else None
+    return value if found is None else found
 
 
 Share = Annotated[

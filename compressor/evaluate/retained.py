@@ -118,9 +118,7 @@ def _scored(
     """A row of scores; every document counts the same, whatever task it is of."""
     before, after = _scores(pairs, 0), _scores(pairs, 1)
     equal = all(
-        _same(old, new)
-        for a, b in pairs
-        for old, new in zip(a.samples, b.samples, strict=True)
+        _same(old, new) for a, b in pairs for old, new in zip(a.samples, b.samples, strict=True)
     )
     changed = sum(
         (old.choice, old.response) != (new.choice, new.response)
@@ -149,9 +147,7 @@ def _scored(
             "broken": broken,
             "mended": mended,
             "changed": changed,
-            "share": _interval(
-                (broken + mended) / documents, (0.0, 0.0) if equal else share
-            ),
+            "share": _interval((broken + mended) / documents, (0.0, 0.0) if equal else share),
         }
     else:
         test, p = _BOOTSTRAP, significance.bootstrap_p(losses)

@@ -29,9 +29,7 @@ BINS = 15
 _AT_ONCE = 1 << 22  # numbers drawn at a time
 
 
-def resampled_means(
-    values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
-) -> np.ndarray:
+def resampled_means(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
     """Means over documents drawn with replacement.
 
     Args:

@@ -301,9 +301,7 @@ def gate(report: Mapping[str, Any]) -> Table:
             _WORDS[limit["metric"]],
             limit["where"] or figures.MISSING,
             f"at {limit['kind']} {_amount(limit['metric'], limit['limit'])}",
-            figures.MISSING
-            if limit["value"] is None
-            else _amount(limit["metric"], limit["value"]),
+            figures.MISSING if limit["value"] is None else _amount(limit["metric"], limit["value"]),
             figures.MISSING
             if limit["decided"] is None
             else _amount(limit["metric"], limit["decided"]),
