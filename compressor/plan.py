@@ -560,14 +560,15 @@ class _Builder:
     def _evaluate_settings(self) -> dict[str, Any]:
         settings = self.recipe.evaluate
         assert settings is not None
-        drift = settings.drift
+        drift = settings.drift and settings.drift.model_dump(
+            include={"output_length", "batch_size"}
+        )
         return {
             "batch_size": settings.batch_size,
             "length": settings.length,
             "bins": settings.positions.bins,
             "positions": settings.positions.length,
-            "drift": drift
-            and {key: getattr(drift, key) for key in ("output_length", "batch_size")},
+            "drift": drift,
         }
 
     def _evaluated_tokens(self) -> int:
