@@ -32,7 +32,7 @@ BASELINE = "baseline"
 SPECULATOR_FORMATS = {"medusa": "medusa", "eagle3": "speculators", "draft": "draft-model"}
 _PACKAGE = Path(__file__).parent
 
-# The rooms whose source decides what a stage of each kind produces.
+# The rooms (or single files) whose source decides what a stage of each kind produces.
 _ROOMS: dict[str, tuple[str, ...]] = {
     "load": ("models",),
     "calibrate": ("data",),
@@ -45,7 +45,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "features": ("numerics", "models", "speculate"),
     "speculate": ("numerics", "models", "speculate"),
     "accept": ("numerics", "models", "data", "speculate"),
-    "evaluate": ("numerics", "models", "evaluate"),
+    "evaluate": ("numerics", "models", "evaluate", "measure/engines/transformers.py"),
     "measure": ("numerics", "models", "export", "measure", "data"),
 }
 _HEAD_MEMORY = 300_000_000  # copies of a part of the output layer while it is solved
@@ -158,7 +158,8 @@ def code_version(kind: str) -> str:
     """SHA-256 over the source of the rooms that a kind of stage runs, and library versions."""
     digest = hashlib.sha256()
     for room in _ROOMS[kind]:
-        for path in sorted((_PACKAGE / room).rglob("*")):
+        place = _PACKAGE / room
+        for path in [place] if place.is_file() else sorted(place.rglob("*")):
             if path.is_file() and path.suffix != ".pyc":
                 digest.update(path.relative_to(_PACKAGE).as_posix().encode())
                 digest.update(path.read_bytes())
@@ -323,10 +324,12 @@ class _Builder:
         if recipe.evaluate is not None and texts and baseline_scores:
             for name, owner in shared.items():
                 against = [baseline_scores, quantized[owner]] if owner != BASELINE else []
+                if recipe.variants[name].is_null:  # scored anew, to see that nothing differs
+                    against = [baseline_scores]
                 self.add(
                     f"evaluate:{name}",
                     "evaluate",
-                    {"batch_size": recipe.evaluate.batch_size},
+                    self._evaluate_settings(),
                     [*sources.get(name, [model]), texts, *against],
                     speed.evaluate(self._evaluated_tokens(), variant=True),
                     variant=name,
@@ -527,7 +530,7 @@ class _Builder:
         texts = self.add(
             "texts",
             "texts",
-            {"texts": listed, "length": settings.length},
+            {"texts": listed, "length": settings.length} | self._divergence_settings(),
             [model],
             Estimate(5, 600_000_000, 4 * self._evaluated_tokens()),
             local={"base_dir": self.recipe.base_dir},
@@ -535,16 +538,49 @@ class _Builder:
         scores = self.add(
             f"evaluate:{BASELINE}",
             "evaluate",
-            {"batch_size": settings.batch_size},
+            self._evaluate_settings(),
             [model, texts],
             self.speed.evaluate(self._evaluated_tokens(), variant=False),
             variant=BASELINE,
         )
         return texts, scores
 
+    def _divergence_settings(self) -> dict[str, Any]:
+        """Of the longer windows and of the prompts, as far as they are asked for."""
+        settings = self.recipe.evaluate
+        assert settings is not None
+        found: dict[str, Any] = {}
+        if settings.positions.length is not None:
+            found["positions"] = settings.positions.model_dump(mode="json", exclude={"bins"})
+        if settings.drift is not None:
+            found["drift"] = settings.drift.model_dump(mode="json", exclude={"batch_size"})
+            found["drift"] |= _local_file(settings.drift.prompts, self.recipe.base_dir, self.store)
+        return found
+
+    def _evaluate_settings(self) -> dict[str, Any]:
+        settings = self.recipe.evaluate
+        assert settings is not None
+        drift = settings.drift and settings.drift.model_dump(
+            include={"output_length", "batch_size"}
+        )
+        return {
+            "batch_size": settings.batch_size,
+            "length": settings.length,
+            "bins": settings.positions.bins,
+            "positions": settings.positions.length,
+            "drift": drift,
+        }
+
     def _evaluated_tokens(self) -> int:
-        assert self.recipe.evaluate is not None
-        return sum(text.max_tokens for text in self.recipe.evaluate.texts)
+        """Tokens that are scored; a token that is generated counts as one."""
+        settings = self.recipe.evaluate
+        assert settings is not None
+        count = sum(text.max_tokens for text in settings.texts)
+        if settings.positions.length is not None:
+            count += settings.positions.max_tokens * len(settings.texts)
+        if settings.drift is not None:
+            count += settings.drift.samples * settings.drift.output_length
+        return count
 
 
 class _Speed:

@@ -29,6 +29,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from compressor.errors import RecipeError
+from compressor.evaluate.options import NEED_TASKS, TOLERANCE, Drift, Gate, Positions, Share
 from compressor.numerics.scheme import Scheme
 from compressor.quantize import registry
 from compressor.speculate.options import (
@@ -320,7 +321,8 @@ class Variant(_Section):
     quantize: list[Step] = Field(
         default_factory=list,
         description="Algorithms in the order in which they are applied, each `name: {options}`. "
-        "May be left out beside `serve:`: the untouched model, served otherwise.",
+        "May be left out beside `serve:`: the untouched model, served otherwise. `[]` alone: the "
+        "untouched model evaluated once more, which must show no loss.",
         json_schema_extra={"default": []},
     )
     ignore: list[str] = Field(
@@ -350,6 +352,12 @@ class Variant(_Section):
         description="Serving settings of its own; those of `measure:` when absent. Variants that "
         "differ in nothing else are compressed and evaluated once.",
     )
+
+    @property
+    def is_null(self) -> bool:
+        """Whether it is the baseline once more: `quantize: []`, and nothing else."""
+        asked = "quantize" in self.model_fields_set and not self.quantize
+        return asked and self.serve is None and self.speculate is None
 
     @property
     def quantizer(self) -> Step:
@@ -388,10 +396,10 @@ class Variant(_Section):
     def _does_something(self) -> Variant:
         if self.quantize:
             return self
-        if self.serve is None and self.speculate is None:
+        if self.serve is None and self.speculate is None and not self.is_null:
             raise ValueError(
-                "give `quantize:`, the algorithms to apply, `speculate:`, or `serve:`, to serve "
-                "the model as it is in another way"
+                "give `quantize:`, the algorithms to apply (or `[]` for the baseline once more), "
+                "`speculate:`, or `serve:`, to serve the model as it is in another way"
             )
         for key in ("ignore", "precision", "kv_cache", "lm_head"):
             if getattr(self, key):
@@ -486,11 +494,50 @@ class EvaluationText(TextSource):
 
 
 class Evaluate(_Section):
-    """Quality: perplexity, KL divergence and top-1 agreement against the baseline."""
+    """Quality: perplexity, KL divergence, top-1 agreement and drift against the baseline."""
 
     texts: list[EvaluationText] = Field(min_length=1, description="Held-out texts.")
     length: int = Field(512, ge=8, description="Tokens per window.")
     batch_size: int = Field(4, ge=1, description="Windows per forward pass.")
+    positions: Positions = Field(
+        default_factory=lambda: Positions.model_validate({}),
+        description="Perplexity by position.",
+    )
+    drift: Drift | None = Field(
+        default_factory=lambda: Drift.model_validate({}),
+        description="Where greedy continuations leave the baseline's; null leaves it out.",
+    )
+    tolerance: Share = Field(
+        TOLERANCE,
+        description="A loss that counts as none (of accuracy and calibration absolute, of "
+        "perplexity relative). No significant loss is only claimed where the test would have found "
+        "one of this size.",
+    )
+    gate: Gate | None = Field(
+        None, description="Limits that every variant must keep; exit code 3 where one does not."
+    )
+
+    @model_validator(mode="after")
+    def _gate_is_measured(self) -> Evaluate:
+        """No limit is set on what is not evaluated."""
+        limits = self.gate.limits if self.gate is not None else {}
+        for metric in limits:
+            missing = ""
+            if metric in NEED_TASKS and not getattr(self, "tasks", None):
+                missing = "tasks"
+            elif metric == "drift" and self.drift is None:
+                missing = "drift"
+            if missing:
+                raise PydanticCustomError(
+                    "gate",
+                    "the limit on {metric} needs `evaluate.{missing}:`: add that, or remove it",
+                    {
+                        "metric": metric,
+                        "missing": missing,
+                        "loc": ("evaluate", "gate", "metrics", metric),
+                    },
+                )
+        return self
 
     @field_validator("texts")
     @classmethod
