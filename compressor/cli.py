@@ -90,6 +90,7 @@ def _root(
 ) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; there is one of our own
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 

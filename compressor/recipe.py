@@ -30,6 +30,7 @@ from pydantic_core import PydanticCustomError
 
 from compressor.errors import RecipeError
 from compressor.evaluate.options import NEED_TASKS, TOLERANCE, Drift, Gate, Positions, Share
+from compressor.evaluate.task_options import TaskChoice
 from compressor.numerics.scheme import Scheme
 from compressor.quantize import registry
 from compressor.speculate.options import (
@@ -516,6 +517,30 @@ class Evaluate(_Section):
     gate: Gate | None = Field(
         None, description="Limits that every variant must keep; exit code 3 where one does not."
     )
+    tasks: list[TaskChoice] = Field(
+        default_factory=list,
+        description="Tasks of lm-eval, of this package (builtin:social_iqa, "
+        "builtin:social_iqa_typos, builtin:social_iqa_listed, builtin:social_iqa_shuffled, "
+        "builtin:refusal, builtin:over_refusal) or local ones; a name, or a mapping.",
+        json_schema_extra={"default": []},
+    )
+    tasks_limit: int | None = Field(
+        None, ge=1, description="Documents of each task, drawn with tasks_seed; all if not given."
+    )
+    tasks_seed: int = Field(
+        0, ge=0, description="Of the documents that are drawn, and of examples in prompts."
+    )
+    tasks_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="What tasks are computed in. auto: bfloat16 where the model is stored in it "
+        "and the device multiplies it faster, else float32.",
+    )
+    tasks_batch_tokens: int = Field(4096, ge=1, description="Tokens of a forward pass, at most.")
+    tasks_served: bool = Field(
+        False,
+        description="Ask the served artifacts too (measure.engine vllm or endpoint), by "
+        "log-probabilities over the OpenAI-compatible interface, and keep both results.",
+    )
 
     @model_validator(mode="after")
     def _gate_is_measured(self) -> Evaluate:
@@ -523,7 +548,7 @@ class Evaluate(_Section):
         limits = self.gate.limits if self.gate is not None else {}
         for metric in limits:
             missing = ""
-            if metric in NEED_TASKS and not getattr(self, "tasks", None):
+            if metric in NEED_TASKS and not self.tasks:
                 missing = "tasks"
             elif metric == "drift" and self.drift is None:
                 missing = "drift"
@@ -846,6 +871,7 @@ class Recipe(_Section):
             self._check_serve(name, variant)
             self._check_speculate(name, variant)
         self._check_engine()
+        self._check_served_tasks()
         self._check_waterfall()
         if self.gguf is not None and "gguf" not in self.export:
             raise PydanticCustomError(
@@ -896,6 +922,18 @@ class Recipe(_Section):
                 "speculate",
                 "the flags hold a --speculative-config already: remove one of the two",
                 {"loc": ("variants", name, "speculate")},
+            )
+
+    def _check_served_tasks(self) -> None:
+        """Tasks are asked of a server that gives log-probabilities of its prompt."""
+        if self.evaluate is None or not self.evaluate.tasks_served:
+            return
+        engine = self.measure.engine if self.measure is not None else None
+        if engine not in ("vllm", "endpoint") or not self.evaluate.tasks:
+            raise PydanticCustomError(
+                "tasks_served",
+                "it needs `evaluate.tasks:`, and `measure:` with engine vllm or endpoint",
+                {"loc": ("evaluate", "tasks_served")},
             )
 
     def _check_waterfall(self) -> None:
@@ -1035,6 +1073,10 @@ class Recipe(_Section):
     def path(self) -> Path:
         """The file it was read from, absolute."""
         return self._path
+
+    def place(self, *loc: int | str) -> str:
+        """``file:line`` of a key, or of the nearest above it that is there."""
+        return f"{self._path}:{_line(_compose(self._path), loc)}"
 
     @property
     def base_dir(self) -> Path:

@@ -14,6 +14,7 @@ make every figure again on another machine, without the store::
     scores/<variant>/<text>.safetensors        the evaluation, token by token
     texts/prompts.json  drift/<variant>.jsonl  prompts, and their greedy continuations
     tasks/<variant>/<task>.jsonl               the tasks, document by document
+    served/<variant>/<task>.jsonl              the same, asked of the served artifact
     gate.json           which variants kept the recipe's limits (where it sets any)
     artifacts/<variant>/<format>/
     report/
@@ -103,8 +104,8 @@ def kept_files(stage: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Pu
             yield entry, PurePosixPath("calibration") / path
         elif kind == "texts":
             yield entry, PurePosixPath("texts") / path
-        elif kind == "tasks" and path.suffix == ".jsonl":
-            yield entry, PurePosixPath("tasks") / variant / path.name
+        elif kind in ("tasks", "served") and path.suffix == ".jsonl":
+            yield entry, PurePosixPath(kind) / variant / path.name
         elif kind == "evaluate" and path.suffix == ".jsonl":
             yield entry, PurePosixPath("drift") / f"{variant}.jsonl"
         elif kind == "quantize" and path.name == "layers.jsonl":

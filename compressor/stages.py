@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor import speculate_stages
+from compressor import speculate_stages, task_stages
 from compressor.errors import RecipeError, RunError
 from compressor.plan import Stage
 from compressor.progress import Progress, counting
@@ -669,6 +669,8 @@ FUNCTIONS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "accept": speculate_stages.accept,
     "export": export,
     "evaluate": evaluate,
+    "tasks": task_stages.tasks,
+    "served": task_stages.served,
     "measure": measure,
 }
 
@@ -725,8 +727,13 @@ def _scale_dtype(load: StoredStage) -> Any:
     return getattr(torch, load.result["dtype"])
 
 
-def quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn.Module:
-    """The variant as the engine computes it: dequantized weights, activations and cache rounded."""
+def quantized_model(
+    directory: Path, quantized: StoredStage, device: str, dtype: Any = None
+) -> nn.Module:
+    """The variant as the engine computes it: dequantized weights, activations and cache rounded;
+    in float32 if no dtype is given."""
+    from functools import partial
+
     import torch
 
     from compressor.models.architecture import CausalLM
@@ -737,7 +744,7 @@ def quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn.
     from compressor.quantize.bitsandbytes import iterate_tensors
     from compressor.quantize.codes import kv_scales, replace_linears, replaced_tensors
 
-    model = CausalLM.open(directory)
+    model, dtype = CausalLM.open(directory), dtype or torch.float32
     if quantized.result.get("format") == "bitsandbytes":
         refs = {ref.name: ref for i in range(len(model.blocks)) for ref in model.linears(i)}
         threshold = quantized.result["settings"].get("llm_int8_threshold", 0.0)
@@ -745,13 +752,13 @@ def quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn.
             ref = refs[name]
             bias = model.checkpoint.tensor(f"{name}.bias") if ref.module.bias is not None else None
             model.replace_linear(ref, bitsandbytes.linear(tensors, bias, threshold))
-        return model.load_full(torch.float32, device)
+        return model.load_full(dtype, device)
     replace_linears(
         model,
         quantized.path,
-        QuantizedLinear.from_tensor,
+        partial(QuantizedLinear.from_tensor, dtype=dtype),
         untie_head=quantized.result.get("head") is not None,
     )
     if quantized.result.get("kv_cache"):
         round_cache(model, kv_scales(quantized.path), KV_CACHE[quantized.result["kv_cache"]])
-    return model.load_full(torch.float32, device, replaced_tensors(quantized.path))
+    return model.load_full(dtype, device, replaced_tensors(quantized.path))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor import __version__, record
 from compressor.errors import RunError
-from compressor.quality import DRIFT, GATE, TASKS, gate_record
+from compressor.quality import DRIFT, GATE, gate_record
 from compressor.store import file_sha256
 
 if TYPE_CHECKING:
@@ -462,12 +462,35 @@ def _check_quality(run: _Run, check: Check) -> None:
             check.expect(record.STAGES, f"[{index}].result", stage["result"], made)
 
 
-def _check_gate(run: _Run, check: Check) -> None:
-    """Task samples have their hashes, and the gate's record follows from all figures."""
-    for stage in run.of_kind("tasks"):
-        for task in stage["result"]["tasks"]:
-            name = f"{TASKS}/{stage['variant']}/{Path(task['file']).name}"
+def _check_tasks(run: _Run, check: Check) -> None:
+    """Every figure of a task follows from its samples, which are those that were hashed."""
+    from compressor.evaluate.samples import read_samples
+    from compressor.evaluate.tasks import figures
+
+    evaluated = record.read_lock(run.path).get("evaluate") or {}
+    for index, stage in enumerate(run.stages):
+        if stage["kind"] not in ("tasks", "served"):
+            continue
+        listed = [
+            {key: value for key, value in choice.items() if key != "files"}
+            for choice in stage["config"]["tasks"]
+        ]
+        check.expect(record.LOCK, "evaluate.tasks", evaluated.get("tasks"), listed)
+        for key in ("limit", "seed"):
+            given = evaluated.get(f"tasks_{key}")
+            check.expect(record.LOCK, f"evaluate.tasks_{key}", given, stage["config"][key])
+        for number, task in enumerate(stage["result"]["tasks"]):
+            name = f"{stage['kind']}/{stage['variant']}/{Path(task['file']).name}"
             check.expect(name, "sha256", run.sha256(name), task["sha256"])
+            samples = read_samples(run.path / name)
+            key = f"[{index}].result.tasks[{number}]"
+            check.expect(record.STAGES, f"{key}.samples", task["samples"], len(samples))
+            made = figures(samples, task["aggregation"])
+            check.expect(record.STAGES, f"{key}.metrics", task["metrics"], made)
+
+
+def _check_gate(run: _Run, check: Check) -> None:
+    """The gate's record follows from all figures."""
     made = gate_record(run.report)
     there = (run.path / GATE).is_file()
     if made is None:
@@ -730,7 +753,8 @@ _CHECKS: tuple[tuple[tuple[str, str], Callable[[_Run, Check], None]], ...] = (
     (("artifacts", "hashes and sizes"), _check_artifacts),
     (("calibration and evaluation tokens", "hashes"), _check_tokens),
     (("quality figures recomputed", "figures"), _check_quality),
-    (("task samples and gate", "values"), _check_gate),
+    (("task figures recomputed", "figures"), _check_tasks),
+    (("gate", "values"), _check_gate),
     (("acceptance recomputed", "figures"), _check_speculation),
     (("prompts", "hashes"), _check_prompts),
     (("raw samples", "requests and hashes"), _check_samples),
