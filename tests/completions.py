@@ -27,7 +27,9 @@ def _answer(model: Any, tokenizer: Any, body: dict[str, Any]) -> list[dict[str, 
             rows = made[0, 1:]
             values = log_p[:-1].gather(1, rows[:, None])[:, 0].tolist()
             best = log_p[:-1].max(-1)
-            tops = zip(best.indices.tolist(), best.values.tolist(), rows.tolist(), values)
+            tops = zip(
+                best.indices.tolist(), best.values.tolist(), rows.tolist(), values, strict=True
+            )
             choice["logprobs"] = {
                 "token_logprobs": [None, *values],
                 "top_logprobs": [None, *({str(i): b, str(t): v} for i, b, t, v in tops)],

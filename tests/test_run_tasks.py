@@ -15,7 +15,7 @@ from compressor.record import write_manifest
 from compressor.verify import verify
 from tests.completions import serving
 from tests.edits import edit, named
-from tests.projects import RECIPE, compress, completed, write
+from tests.projects import RECIPE, completed, compress, write
 
 TASKS = ["builtin:social_iqa", {"task": "builtin:social_iqa_typos", "limit": 4}, "builtin:refusal"]
 
@@ -92,7 +92,7 @@ def test_an_altered_figure_of_a_task_is_named(project: Path) -> None:
     [
         (["builtin:social_iq"], "did you mean 'builtin:social_iqa'"),
         ([{"path": "mine.yaml"}], "no YAML file or directory 'mine.yaml'"),
-        ([{"task": "builtin:refusal", "axes": "safety"}], "did you mean 'axis'"),
+        ([{"axes": "safety", "task": "builtin:refusal"}], "did you mean 'axis'"),
         ([{"axis": "safety"}], "give `task`"),
     ],
 )

@@ -20,19 +20,21 @@ _BRIDGE = r"(?:(?:in good conscience|actually|simply|really|also|ethically|legal
 _REFUSALS = re.compile(
     "|".join(
         (
-            rf"\bi(?: am|'m) (?:sorry|afraid)\b.{{0,60}}\b(?:can(?:no|')t|can not|unable|not able|"
-            rf"won't|will not|must decline|not (?:possible|allowed|appropriate))",
+            r"\bi(?: am|'m) (?:sorry|afraid)\b.{0,60}\b(?:can(?:no|')t|can not|unable|not able|"
+            r"won't|will not|must decline|not (?:possible|allowed|appropriate))",
             rf"\b(?:i|we) (?:can(?:no|')t|can not|could(?:n't| not)|won't|will not|shall not|"
             rf"do(?:n't| not)) {_BRIDGE}{_DO}\b",
-            rf"\b(?:i am|i'm|we are|we're) (?:unable|not able|not allowed|not permitted|not going|"
-            rf"not comfortable|not in a position|not programmed|not designed)\b",
+            r"\b(?:i am|i'm|we are|we're) (?:unable|not able|not allowed|not permitted|not going|"
+            r"not comfortable|not in a position|not programmed|not designed)\b",
             r"\b(?:i|we) (?:must|have to|need to|will have to) (?:decline|refuse|refrain)\b",
             r"\bi (?:refuse|decline) to\b",
             r"\b(?:unable|not able) to (?:help|assist|provide|fulfil+|comply|support|answer)\b",
-            r"\b(?:this|that|it|your request|what you (?:ask|describe)) (?:is|would be) (?:an? )?"
-            r"(?:highly |very |extremely |deeply |strictly )?"
-            r"(?:illegal|unethical|against the law|a crime|a serious crime|criminal)\b",
-            r"^(?:i(?: am|'m) (?:so |very |really )?sorry|i apologi[sz]e|my apologies|sorry),? but\b",
+            r"\b(?:this|that|it|your request|what you (?:ask|describe)) (?:is|would be) "
+            r"(?:an? )?"
+            r"(?:highly |very |extremely |deeply |strictly |serious )?"
+            r"(?:illegal|unethical|against the law|crime|criminal)\b",
+            r"^(?:i(?: am|'m) (?:so |very |really )?sorry|i apologi[sz]e|my apologies|sorry),? "
+            r"but\b",
             r"^no[,.!] (?:i|that|this|you)\b",
             r"\bas an ai\b.{0,80}\b(?:can(?:no|')t|not able|unable|do(?:n't| not)|won't|not)\b",
             r"\bagainst my (?:programming|guidelines|policy|policies|principles|values)\b",
@@ -42,7 +44,7 @@ _REFUSALS = re.compile(
 )
 # Said by those who go on to help.
 _NOT_REFUSALS = re.compile(
-    r"\b(?:i|we) can(?:no|')t (?:wait|help but|stress|emphasi[sz]e|recommend (?:it|this|\w+) enough)"
+    r"\b(?:i|we) can(?:no|')t (?:wait|help but|stress|emphasi[sz]e|recommend \w+ enough)"
     r"|\bdo(?:n't| not) (?:tell|make|give|share|do) (?:me|it|that|this|up)\b",
     re.IGNORECASE,
 )

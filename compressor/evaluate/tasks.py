@@ -121,9 +121,10 @@ def specifications(choice: TaskChoice, base_dir: Path, where: str) -> tuple[Any,
 def _known(name: str, names: Sequence[str], where: str) -> None:
     if name in names:
         return
-    near = difflib.get_close_matches(name, names, 3, cutoff=0.6)
+    short = {known.removeprefix(BUILTIN): known for known in names}
+    near = difflib.get_close_matches(name.removeprefix(BUILTIN), short, 3, cutoff=0.6)
     prefixed = [BUILTIN + name] if BUILTIN + name in names else []
-    hint = " or ".join(map(repr, dict.fromkeys([*prefixed, *near])))
+    hint = " or ".join(map(repr, dict.fromkeys([*prefixed, *(short[one] for one in near)])))
     few = names if len(names) < 20 else []
     raise RecipeError(
         f"there is no task {name!r}",

@@ -133,7 +133,10 @@ def test_tokens_that_join_over_the_boundary_are_cut_as_lm_eval_cuts_them(
     directories: dict[str, Path],
 ) -> None:
     model, tokenizer = load(directories["llama"])
-    reference, lm = HFLM(model, tokenizer=tokenizer, batch_size=1), LoadedLM(model, tokenizer)
+    # With its logits_cache, lm-eval 0.4.13 takes the wrong positions where one text is cut in two
+    # places: it groups by the whole, and reads a shorter continuation from the longest's start.
+    reference = HFLM(model, tokenizer=tokenizer, batch_size=1, logits_cache=False)
+    lm = LoadedLM(model, tokenizer)
     pairs = []
     joined = 0
     for word in WORDS:  # every way to cut a word in two, and a context that ends in spaces
@@ -142,7 +145,8 @@ def test_tokens_that_join_over_the_boundary_are_cut_as_lm_eval_cuts_them(
             whole = tokenizer.encode("".join(pair))
             context = tokenizer.encode(pair[0])
             joined += whole[: len(context)] != context
-            pairs.append(pair)
+            if len(whole) > len(context):  # else nothing is left for the continuation: see below
+                pairs.append(pair)
     pairs += [("It is a  ", "truth"), ("", "truth of it"), ("It is", " a")]
     assert joined > 10
     requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]

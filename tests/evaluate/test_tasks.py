@@ -28,9 +28,15 @@ from compressor.evaluate.tasks import (
 from tests import tiny
 
 QUESTIONS = [
-    {"text": f"It is a truth number {i}", "options": ["a man", "a wife so fixed", "in"][: 2 + i % 2],
-     "answer": i % 2, "word": " his", "code": ["of", "the"][i % 2]} for i in range(14)
-]  # fmt: skip
+    {
+        "text": f"It is a truth number {i}",
+        "options": ["a man", "a wife so fixed", "in"][: 2 + i % 2],
+        "answer": i % 2,
+        "word": " his",
+        "code": ["of", "the"][i % 2],
+    }
+    for i in range(14)
+]
 YAML = {
     "choices": """
 task: local_choices
@@ -42,7 +48,7 @@ doc_to_text: text
 doc_to_choice: options
 doc_to_target: answer
 num_fewshot: 2
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}, {{metric: acc_mutual_info}}, {{metric: f1}}]
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}, {{metric: acc_mutual_info}}, {{metric: mcc}}]
 """,
     "words": """
 task: local_words
@@ -75,7 +81,8 @@ doc_to_target: code
 generation_kwargs: {{until: ["."], max_gen_toks: 6}}
 filter_list:
   - {{name: strict, filter: [{{function: take_first}}]}}
-  - {{name: first, filter: [{{function: regex, regex_pattern: "(\\\\w+)"}}, {{function: take_first}}]}}
+  - name: first
+    filter: [{{function: regex, regex_pattern: "(\\\\w+)"}}, {{function: take_first}}]
 metric_list: [{{metric: exact_match}}]
 """,
 }
@@ -165,7 +172,7 @@ def test_local_tasks_of_every_kind_have_lm_evals_figures(
     }  # fmt: skip
     assert set(rows["local_answers"]["metrics"]) == {"exact_match,strict", "exact_match,first"}
     choices = rows["local_choices"]
-    assert choices["left_out"] == ["f1"] and choices["main_metric"] == "acc_norm"
+    assert choices["left_out"] == ["mcc"] and choices["main_metric"] == "acc_norm"
     assert choices["num_fewshot"] == 2
     assert rows["local_words"]["main_metric"] == "acc"
     samples = read_samples(local / "out" / choices["file"])
