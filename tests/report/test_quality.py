@@ -73,7 +73,8 @@ def report(rows: list[dict[str, Any]], gate: dict[str, Any] | None = None) -> di
         ),
         (
             row("loss", axis="calibration", loss={"value": 0.02, "low": 0.01, "high": 0.03}),
-            "calibration +2.00 points (+1.00 points to +3.00 points), a significant loss (p 0.0013)",
+            "calibration +2.00 points (+1.00 points to +3.00 points), a significant loss "
+            "(p 0.0013)",
         ),
     ],
 )
