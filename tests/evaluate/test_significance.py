@@ -26,7 +26,7 @@ def test_mcnemar_is_statsmodels(broken: int, mended: int) -> None:
     assert s.mcnemar(broken, mended) == pytest.approx(golden_mcnemar(table, exact=True).pvalue)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
 def test_holm_is_statsmodels(p_values: list[float]) -> None:
     np.testing.assert_allclose(s.holm(p_values), multipletests(p_values, method="holm")[1])
