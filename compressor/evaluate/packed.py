@@ -101,12 +101,10 @@ class Layout:
             branches.append(torch.arange(start + length, len(ids)))
             numbers = [n for n, branch in enumerate(tree.branches) for _ in branch]
             ends.append(torch.tensor(numbers, dtype=torch.int64))
-        padded = [
-            pad_sequence(rows, batch_first=True, padding_value=-1).to(device)
-            for rows in (trunks, branches, ends)
-        ]
         row = [torch.tensor([x], dtype=torch.int64, device=device) for x in (ids, positions)]
-        return cls(row[0], row[1], starts, *padded)
+        parts = (_padded(rows).to(device) for rows in (trunks, branches, ends))
+        at, behind, whose = parts
+        return cls(row[0], row[1], starts, at, behind, whose)
 
     def branch_mask(self, shared: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """What is added to the scores of the branches' tokens: 0 or -inf.
@@ -143,6 +141,10 @@ class Layout:
             seen = (distance >= 0) & (distance < window)
             self._masks[key] = _additive(seen, dtype)[None, None].repeat(1, 1, shared, 1)
         return self._masks[key]
+
+
+def _padded(rows: list[torch.Tensor]) -> torch.Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
 def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -341,7 +343,9 @@ class Scorer:
         results: list[Scored] = [(0.0, False)] * len(requests)
         for batch in self._batches(planned):
             hidden, starts = self._hidden([tree for tree, _ in batch])
-            rows, targets, owners = [], [], []
+            rows: list[int] = []
+            targets: list[int] = []
+            owners: list[int] = []
             for start, (_, paths) in zip(starts, batch, strict=True):
                 for index, path in paths:
                     continuation = requests[index][1]

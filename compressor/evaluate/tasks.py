@@ -318,17 +318,15 @@ def _evaluate(
 
 def _samples(loaded: LoadedTask, logged: Sequence[Mapping[str, Any]]) -> list[TaskSample]:
     """One sample a document, in their order; where a task has several filters, their scores are
-    told apart as ``metric,filter``."""
-    filters = list(dict.fromkeys(row["filter"] for row in logged))
-    merged: dict[Any, dict[str, Any]] = {}
+    told apart as ``metric,filter``, and the answer kept is that of the first."""
+    several = len({row["filter"] for row in logged}) > 1
+    firsts: dict[Any, Mapping[str, Any]] = {}
+    scores: dict[Any, dict[str, float]] = {}
     for row in logged:
-        suffix = f",{row['filter']}" if len(filters) > 1 else ""
-        scores = _scores(row, suffix)
-        if row["doc_id"] in merged:
-            merged[row["doc_id"]]["scores"] |= scores
-        else:
-            merged[row["doc_id"]] = {"row": row, "scores": scores}
-    return [_sample(loaded.task, each["row"], each["scores"]) for each in merged.values()]
+        firsts.setdefault(row["doc_id"], row)
+        suffix = f",{row['filter']}" if several else ""
+        scores.setdefault(row["doc_id"], {}).update(_scores(row, suffix))
+    return [_sample(loaded.task, row, scores[place]) for place, row in firsts.items()]
 
 
 def _scores(row: Mapping[str, Any], suffix: str) -> dict[str, float]:
@@ -343,22 +341,19 @@ def _scores(row: Mapping[str, Any], suffix: str) -> dict[str, float]:
 
 
 def _sample(task: Any, row: Mapping[str, Any], scores: Mapping[str, float]) -> TaskSample:
-    first = str(row["arguments"][0][0])
-    common = {
-        "id": str(row["doc_id"]),
-        "prompt_sha256": sha256(first.encode("utf-8")).hexdigest(),
-        "scores": dict(scores),
-    }
+    prompt = sha256(str(row["arguments"][0][0]).encode("utf-8")).hexdigest()
     if task.OUTPUT_TYPE != "multiple_choice":
-        answers = [row["filtered_resps"][0]]
-        text = answers[0] if isinstance(answers[0], str) else None
+        answer = row["filtered_resps"][0]
+        text = answer if isinstance(answer, str) else None
         return TaskSample(
-            **common,
+            id=str(row["doc_id"]),
+            prompt_sha256=prompt,
             target=_plain(row["target"]) if text is not None else None,
             choice=None,
             loglikelihoods=None,
             bytes=None,
             response=text,
+            scores=scores,
         )
     choices = task.doc_to_choice(row["doc"])
     likelihoods = [float(answer[0]) for answer in row["filtered_resps"]][: len(choices)]
@@ -366,12 +361,14 @@ def _sample(task: Any, row: Mapping[str, Any], scores: Mapping[str, float]) -> T
     if isinstance(target, str) and target in choices:
         target = choices.index(target)
     return TaskSample(
-        **common,
+        id=str(row["doc_id"]),
+        prompt_sha256=prompt,
         target=_plain(target),
         choice=int(np.argmax(likelihoods)),
         loglikelihoods=tuple(likelihoods),
         bytes=tuple(len(choice.encode("utf-8")) for choice in choices),
         response=None,
+        scores=scores,
     )
 
 
