@@ -604,6 +604,7 @@ class _Builder:
                 entry["files"] = {
                     file.relative_to(root).as_posix(): self.store.source_sha256(file)
                     for file in files
+                    if file.resolve() != self.recipe.path
                 }
             listed.append(entry)
         return {
@@ -618,6 +619,7 @@ class _Builder:
         settings, measure = self.recipe.evaluate, self.recipe.measure
         if settings is None or measure is None or not settings.tasks_served:
             return
+        places = self.stages[f"tasks:{BASELINE}"].local
         for name in variants:
             inputs = [model]
             if measure.engine == "endpoint":
@@ -641,13 +643,7 @@ class _Builder:
                 inputs,
                 self.speed.tasks([c.limit or settings.tasks_limit for c in settings.tasks]),
                 variant=name,
-                local={
-                    "base_dir": self.recipe.base_dir,
-                    "places": [
-                        self.recipe.place("evaluate", "tasks", i)
-                        for i in range(len(settings.tasks))
-                    ],
-                },
+                local=places,
             )
 
     def _evaluate_settings(self) -> dict[str, Any]:

@@ -935,6 +935,14 @@ class Recipe(_Section):
                 "it needs `evaluate.tasks:`, and `measure:` with engine vllm or endpoint",
                 {"loc": ("evaluate", "tasks_served")},
             )
+        for name, endpoint in self.measure.endpoints.items() if self.measure else ():
+            if endpoint.chat:
+                raise PydanticCustomError(
+                    "tasks_served",
+                    "a chat interface gives no log-probabilities of its prompt, which "
+                    "evaluate.tasks_served asks for: remove one of the two",
+                    {"loc": ("measure", "endpoints", name, "chat")},
+                )
 
     def _check_waterfall(self) -> None:
         """The steps are measured variants, each once, and each but the first adds something."""
