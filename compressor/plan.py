@@ -575,11 +575,13 @@ class _Builder:
         if settings is None or not settings.tasks:
             return
         places = [self.recipe.place("evaluate", "tasks", i) for i in range(len(settings.tasks))]
+        dtype = settings.tasks_dtype
+        if dtype == "auto" and any(v.library for v in self.recipe.variants.values()):
+            dtype = "float32"  # what libraries' modules compute in: all variants are run alike
         stage = self.add(
             f"tasks:{variant}",
             "tasks",
-            self._task_settings()
-            | {"dtype": settings.tasks_dtype, "batch_tokens": settings.tasks_batch_tokens},
+            self._task_settings() | {"dtype": dtype, "batch_tokens": settings.tasks_batch_tokens},
             inputs,
             self.speed.tasks([c.limit or settings.tasks_limit for c in settings.tasks]),
             variant=variant,

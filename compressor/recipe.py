@@ -533,7 +533,8 @@ class Evaluate(_Section):
     tasks_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="What tasks are computed in. auto: bfloat16 where the model is stored in it "
-        "and the device multiplies it faster, else float32.",
+        "and the device multiplies it faster, else float32; float32 beside variants of "
+        "bitsandbytes.",
     )
     tasks_batch_tokens: int = Field(4096, ge=1, description="Tokens of a forward pass, at most.")
     tasks_served: bool = Field(
@@ -871,7 +872,7 @@ class Recipe(_Section):
             self._check_serve(name, variant)
             self._check_speculate(name, variant)
         self._check_engine()
-        self._check_served_tasks()
+        self._check_tasks()
         self._check_waterfall()
         if self.gguf is not None and "gguf" not in self.export:
             raise PydanticCustomError(
@@ -924,9 +925,19 @@ class Recipe(_Section):
                 {"loc": ("variants", name, "speculate")},
             )
 
-    def _check_served_tasks(self) -> None:
-        """Tasks are asked of a server that gives log-probabilities of its prompt."""
-        if self.evaluate is None or not self.evaluate.tasks_served:
+    def _check_tasks(self) -> None:
+        """Every variant computes in the dtype that is asked for, and a server that is asked gives
+        log-probabilities of its prompt."""
+        if self.evaluate is None:
+            return
+        for name, variant in self.variants.items():
+            if variant.library and self.evaluate.tasks and self.evaluate.tasks_dtype == "bfloat16":
+                raise PydanticCustomError(
+                    "tasks_dtype",
+                    "{variant} is evaluated in float32: leave it auto, or set float32",
+                    {"variant": name, "loc": ("evaluate", "tasks_dtype")},
+                )
+        if not self.evaluate.tasks_served:
             return
         engine = self.measure.engine if self.measure is not None else None
         if engine not in ("vllm", "endpoint") or not self.evaluate.tasks:

@@ -31,8 +31,6 @@ def tasks(context: Context) -> dict[str, Any]:
     opened = CausalLM.open(context.model_dir)
     wanted = context.config["dtype"]
     dtype = getattr(torch, wanted, None) or calibration_dtype(opened.config.dtype, device)
-    if quantized is not None and quantized.result.get("format") == "bitsandbytes":
-        dtype = torch.float32  # what its own modules are loaded in
     if quantized is None:
         model = opened.load_full(dtype, device)
     else:
