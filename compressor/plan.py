@@ -32,7 +32,7 @@ BASELINE = "baseline"
 SPECULATOR_FORMATS = {"medusa": "medusa", "eagle3": "speculators", "draft": "draft-model"}
 _PACKAGE = Path(__file__).parent
 
-# The rooms whose source decides what a stage of each kind produces.
+# The rooms (or single files) whose source decides what a stage of each kind produces.
 _ROOMS: dict[str, tuple[str, ...]] = {
     "load": ("models",),
     "calibrate": ("data",),
@@ -45,7 +45,9 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "features": ("numerics", "models", "speculate"),
     "speculate": ("numerics", "models", "speculate"),
     "accept": ("numerics", "models", "data", "speculate"),
-    "evaluate": ("numerics", "models", "evaluate"),
+    "evaluate": ("numerics", "models", "evaluate", "measure/engines/transformers.py"),
+    "tasks": ("numerics", "models", "evaluate"),
+    "served": ("evaluate", "measure"),
     "measure": ("numerics", "models", "export", "measure", "data"),
 }
 _HEAD_MEMORY = 300_000_000  # copies of a part of the output layer while it is solved
@@ -158,7 +160,8 @@ def code_version(kind: str) -> str:
     """SHA-256 over the source of the rooms that a kind of stage runs, and library versions."""
     digest = hashlib.sha256()
     for room in _ROOMS[kind]:
-        for path in sorted((_PACKAGE / room).rglob("*")):
+        place = _PACKAGE / room
+        for path in [place] if place.is_file() else sorted(place.rglob("*")):
             if path.is_file() and path.suffix != ".pyc":
                 digest.update(path.relative_to(_PACKAGE).as_posix().encode())
                 digest.update(path.read_bytes())
@@ -257,6 +260,7 @@ class _Builder:
         texts = baseline_scores = None
         if recipe.evaluate is not None:
             texts, baseline_scores = self._baseline_scores(model)
+            self._tasks(BASELINE, [model])
         quantized, sources = {}, {}
         first: dict[str, str] = {}  # variant by what it does to the model
         shared: dict[str, str] = {}  # by variant: whose stages its own are equal to
@@ -323,14 +327,22 @@ class _Builder:
         if recipe.evaluate is not None and texts and baseline_scores:
             for name, owner in shared.items():
                 against = [baseline_scores, quantized[owner]] if owner != BASELINE else []
+                if recipe.variants[name].is_null:  # scored anew, to see that nothing differs
+                    against = [baseline_scores]
                 self.add(
                     f"evaluate:{name}",
                     "evaluate",
-                    {"batch_size": recipe.evaluate.batch_size},
+                    self._evaluate_settings(),
                     [*sources.get(name, [model]), texts, *against],
                     speed.evaluate(self._evaluated_tokens(), variant=True),
                     variant=name,
                 )
+                inputs = [*sources.get(name, [model])]
+                inputs += [quantized[owner]] if owner != BASELINE else []
+                if recipe.variants[name].is_null and recipe.evaluate.tasks:
+                    inputs.append(f"tasks:{BASELINE}")  # asked anew likewise
+                self._tasks(name, inputs)
+            self._served_tasks(model, [BASELINE, *shared])
         speculators = []
         for name, owner in shared.items():
             own = [*sources.get(name, [model]), *([quantized[owner]] if owner != BASELINE else [])]
@@ -527,7 +539,7 @@ class _Builder:
         texts = self.add(
             "texts",
             "texts",
-            {"texts": listed, "length": settings.length},
+            {"texts": listed, "length": settings.length} | self._divergence_settings(),
             [model],
             Estimate(5, 600_000_000, 4 * self._evaluated_tokens()),
             local={"base_dir": self.recipe.base_dir},
@@ -535,16 +547,131 @@ class _Builder:
         scores = self.add(
             f"evaluate:{BASELINE}",
             "evaluate",
-            {"batch_size": settings.batch_size},
+            self._evaluate_settings(),
             [model, texts],
             self.speed.evaluate(self._evaluated_tokens(), variant=False),
             variant=BASELINE,
         )
         return texts, scores
 
+    def _divergence_settings(self) -> dict[str, Any]:
+        """Of the longer windows and of the prompts, as far as they are asked for."""
+        settings = self.recipe.evaluate
+        assert settings is not None
+        found: dict[str, Any] = {}
+        if settings.positions.length is not None:
+            found["positions"] = settings.positions.model_dump(mode="json", exclude={"bins"})
+        if settings.drift is not None:
+            found["drift"] = settings.drift.model_dump(mode="json", exclude={"batch_size"})
+            found["drift"] |= _local_file(settings.drift.prompts, self.recipe.base_dir, self.store)
+        return found
+
+    def _tasks(self, variant: str, inputs: list[str]) -> None:
+        """The tasks on one variant; nothing where the recipe has none.
+
+        Raises RecipeError for a task that there is not, unless all was done before.
+        """
+        settings = self.recipe.evaluate
+        if settings is None or not settings.tasks:
+            return
+        places = [self.recipe.place("evaluate", "tasks", i) for i in range(len(settings.tasks))]
+        dtype = settings.tasks_dtype
+        if dtype == "auto" and any(v.library for v in self.recipe.variants.values()):
+            dtype = "float32"  # what libraries' modules compute in: all variants are run alike
+        stage = self.add(
+            f"tasks:{variant}",
+            "tasks",
+            self._task_settings() | {"dtype": dtype, "batch_tokens": settings.tasks_batch_tokens},
+            inputs,
+            self.speed.tasks([c.limit or settings.tasks_limit for c in settings.tasks]),
+            variant=variant,
+            local={"base_dir": self.recipe.base_dir, "places": places},
+        )
+        if variant == BASELINE and not self.stages[stage].cached:
+            from compressor.evaluate.tasks import specifications
+
+            for choice, place in zip(settings.tasks, places, strict=True):
+                specifications(choice, self.recipe.base_dir, place)
+
+    def _task_settings(self) -> dict[str, Any]:
+        """What decides which documents are asked, and how."""
+        settings = self.recipe.evaluate
+        assert settings is not None
+        base = self.recipe.base_dir
+        listed = []
+        for choice in settings.tasks:
+            entry = choice.model_dump(mode="json")
+            if choice.path is not None:
+                root, files = _task_files(base / choice.path)
+                entry["files"] = {
+                    file.relative_to(root).as_posix(): self.store.source_sha256(file)
+                    for file in files
+                    if file.resolve() != self.recipe.path
+                }
+            listed.append(entry)
+        return {
+            "tasks": listed,
+            "limit": settings.tasks_limit,
+            "seed": settings.tasks_seed,
+            "runner": f"lm_eval {version('lm_eval')}",
+        }
+
+    def _served_tasks(self, model: str, variants: Sequence[str]) -> None:
+        """The tasks on what is served, where the recipe asks for it."""
+        settings, measure = self.recipe.evaluate, self.recipe.measure
+        if settings is None or measure is None or not settings.tasks_served:
+            return
+        places = self.stages[f"tasks:{BASELINE}"].local
+        for name in variants:
+            inputs = [model]
+            if measure.engine == "endpoint":
+                if (endpoint := measure.endpoints.get(name)) is None:
+                    continue
+                server = endpoint.model_dump(include={"url", "model", "key_variable"})
+            else:
+                stage = f"export:{name}:compressed-tensors"
+                if stage not in self.stages:  # in its library's own format
+                    continue
+                inputs.append(stage)
+                own = self.recipe.variants[name].serve if name != BASELINE else None
+                server = {
+                    key: (own and getattr(own, key)) or getattr(measure, key)
+                    for key in ("dtype", "flags", "variables")
+                } | {"program": measure.program, "start_timeout_s": measure.start_timeout_s}
+            self.add(
+                f"served:{name}",
+                "served",
+                self._task_settings() | {"engine": measure.engine, "server": server},
+                inputs,
+                self.speed.tasks([c.limit or settings.tasks_limit for c in settings.tasks]),
+                variant=name,
+                local=places,
+            )
+
+    def _evaluate_settings(self) -> dict[str, Any]:
+        settings = self.recipe.evaluate
+        assert settings is not None
+        drift = settings.drift and settings.drift.model_dump(
+            include={"output_length", "batch_size"}
+        )
+        return {
+            "batch_size": settings.batch_size,
+            "length": settings.length,
+            "bins": settings.positions.bins,
+            "positions": settings.positions.length,
+            "drift": drift,
+        }
+
     def _evaluated_tokens(self) -> int:
-        assert self.recipe.evaluate is not None
-        return sum(text.max_tokens for text in self.recipe.evaluate.texts)
+        """Tokens that are scored; a token that is generated counts as one."""
+        settings = self.recipe.evaluate
+        assert settings is not None
+        count = sum(text.max_tokens for text in settings.texts)
+        if settings.positions.length is not None:
+            count += settings.positions.max_tokens * len(settings.texts)
+        if settings.drift is not None:
+            count += settings.drift.samples * settings.drift.output_length
+        return count
 
 
 class _Speed:
@@ -555,6 +682,7 @@ class _Speed:
     SAVE_SECONDS = 2e-8  # a parameter: read, rounded to nearest, written and synced
     COLUMN_SECONDS = 1.1e-4  # calls for one column of GPTQ
     MEMORY_BANDWIDTH = 14e9  # bytes per second of its updates
+    DOCUMENTS, DOCUMENT_TOKENS = 2000, 100  # of a task, where nothing else is known
     BLOCK_BYTES = 40  # a weight: codes and what ggml's blocks make of them (`numerics.ggml`)
 
     def __init__(self, facts: ModelFacts) -> None:
@@ -779,6 +907,13 @@ class _Speed:
         least = 0 if _has_gpu() else memory
         return Estimate(8 + flops / self.flops + elementwise, memory, disk, least)
 
+    def tasks(self, limits: Sequence[int | None]) -> Estimate:
+        """What tasks take with so many documents each, None for all of them."""
+        tokens = sum(self.DOCUMENT_TOKENS * (limit or self.DOCUMENTS) for limit in limits)
+        memory = self.BASE_MEMORY + 4 * self.facts.parameters + 1_000_000_000
+        seconds = 20 + tokens * 2 * self.facts.parameters / self.flops
+        return Estimate(seconds, memory, 300 * tokens // self.DOCUMENT_TOKENS)
+
     def speculate(self, settings: dict[str, Any], speculate: Any) -> dict[str, Estimate]:
         """What making the corpus, its features and the speculator takes, by kind of stage.
 
@@ -939,6 +1074,15 @@ def _fingerprint(resolved: ResolvedSource, store: Store) -> dict[str, Any]:
     if resolved.kind == "hub":
         return {"source": resolved.source, "revision": resolved.revision}
     return {path.name: store.source_sha256(path) for path in sorted(resolved.files)}
+
+
+def _task_files(path: Path) -> tuple[Path, list[Path]]:
+    """(root, files below it) that a local task may be made of: beside a YAML file, or in a
+    directory."""
+    root = path if path.is_dir() else path.parent
+    found = root.rglob("*") if path.is_dir() else root.glob("*")
+    kinds = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".gz")
+    return root, sorted(file for file in found if file.suffix in kinds and file.is_file())
 
 
 def _local_file(source: str, base_dir: Path, store: Store) -> dict[str, Any]:

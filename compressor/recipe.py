@@ -29,6 +29,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from compressor.errors import RecipeError
+from compressor.evaluate.options import NEED_TASKS, TOLERANCE, Drift, Gate, Positions, Share
+from compressor.evaluate.task_options import TaskChoice
 from compressor.numerics.scheme import Scheme
 from compressor.quantize import registry
 from compressor.speculate.options import (
@@ -320,7 +322,8 @@ class Variant(_Section):
     quantize: list[Step] = Field(
         default_factory=list,
         description="Algorithms in the order in which they are applied, each `name: {options}`. "
-        "May be left out beside `serve:`: the untouched model, served otherwise.",
+        "May be left out beside `serve:`: the untouched model, served otherwise. `[]` alone: the "
+        "untouched model evaluated once more, which must show no loss.",
         json_schema_extra={"default": []},
     )
     ignore: list[str] = Field(
@@ -350,6 +353,12 @@ class Variant(_Section):
         description="Serving settings of its own; those of `measure:` when absent. Variants that "
         "differ in nothing else are compressed and evaluated once.",
     )
+
+    @property
+    def is_null(self) -> bool:
+        """Whether it is the baseline once more: `quantize: []`, and nothing else."""
+        asked = "quantize" in self.model_fields_set and not self.quantize
+        return asked and self.serve is None and self.speculate is None
 
     @property
     def quantizer(self) -> Step:
@@ -388,10 +397,10 @@ class Variant(_Section):
     def _does_something(self) -> Variant:
         if self.quantize:
             return self
-        if self.serve is None and self.speculate is None:
+        if self.serve is None and self.speculate is None and not self.is_null:
             raise ValueError(
-                "give `quantize:`, the algorithms to apply, `speculate:`, or `serve:`, to serve "
-                "the model as it is in another way"
+                "give `quantize:`, the algorithms to apply (or `[]` for the baseline once more), "
+                "`speculate:`, or `serve:`, to serve the model as it is in another way"
             )
         for key in ("ignore", "precision", "kv_cache", "lm_head"):
             if getattr(self, key):
@@ -486,11 +495,75 @@ class EvaluationText(TextSource):
 
 
 class Evaluate(_Section):
-    """Quality: perplexity, KL divergence and top-1 agreement against the baseline."""
+    """Quality: perplexity, KL divergence, top-1 agreement and drift against the baseline."""
 
     texts: list[EvaluationText] = Field(min_length=1, description="Held-out texts.")
     length: int = Field(512, ge=8, description="Tokens per window.")
     batch_size: int = Field(4, ge=1, description="Windows per forward pass.")
+    positions: Positions = Field(
+        default_factory=lambda: Positions.model_validate({}),
+        description="Perplexity by position.",
+    )
+    drift: Drift | None = Field(
+        default_factory=lambda: Drift.model_validate({}),
+        description="Where greedy continuations leave the baseline's; null leaves it out.",
+    )
+    tolerance: Share = Field(
+        TOLERANCE,
+        description="A loss that counts as none (of accuracy and calibration absolute, of "
+        "perplexity relative). No significant loss is only claimed where the test would have found "
+        "one of this size.",
+    )
+    gate: Gate | None = Field(
+        None, description="Limits that every variant must keep; exit code 3 where one does not."
+    )
+    tasks: list[TaskChoice] = Field(
+        default_factory=list,
+        description="Tasks of lm-eval, of this package (builtin:social_iqa, "
+        "builtin:social_iqa_typos, builtin:social_iqa_listed, builtin:social_iqa_shuffled, "
+        "builtin:refusal, builtin:over_refusal) or local ones; a name, or a mapping.",
+        json_schema_extra={"default": []},
+    )
+    tasks_limit: int | None = Field(
+        None, ge=1, description="Documents of each task, drawn with tasks_seed; all if not given."
+    )
+    tasks_seed: int = Field(
+        0, ge=0, description="Of the documents that are drawn, and of examples in prompts."
+    )
+    tasks_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="What tasks are computed in. auto: bfloat16 where the model is stored in it "
+        "and the device multiplies it faster, else float32; float32 beside variants of "
+        "bitsandbytes.",
+    )
+    tasks_batch_tokens: int = Field(4096, ge=1, description="Tokens of a forward pass, at most.")
+    tasks_served: bool = Field(
+        False,
+        description="Ask the served artifacts too (measure.engine vllm or endpoint), by "
+        "log-probabilities over the OpenAI-compatible interface, and keep both results.",
+    )
+
+    @model_validator(mode="after")
+    def _gate_is_measured(self) -> Evaluate:
+        """No limit is set on what is not evaluated."""
+        limits = self.gate.limits if self.gate is not None else {}
+        for metric in limits:
+            missing = ""
+            if metric in NEED_TASKS and not self.tasks:
+                missing = "tasks"
+            elif metric == "drift" and self.drift is None:
+                missing = "drift"
+            if missing:
+                raise PydanticCustomError(
+                    "gate",
+                    "the limit on {metric} needs `evaluate.{missing}:`: add that, or remove it",
+                    {
+                        "metric": metric,
+                        "missing": missing,
+                        "loc": ("evaluate", "gate", "metrics", metric),
+                    },
+                )
+        return self
 
     @field_validator("texts")
     @classmethod
@@ -799,6 +872,7 @@ class Recipe(_Section):
             self._check_serve(name, variant)
             self._check_speculate(name, variant)
         self._check_engine()
+        self._check_tasks()
         self._check_waterfall()
         if self.gguf is not None and "gguf" not in self.export:
             raise PydanticCustomError(
@@ -850,6 +924,36 @@ class Recipe(_Section):
                 "the flags hold a --speculative-config already: remove one of the two",
                 {"loc": ("variants", name, "speculate")},
             )
+
+    def _check_tasks(self) -> None:
+        """Every variant computes in the dtype that is asked for, and a server that is asked gives
+        log-probabilities of its prompt."""
+        if self.evaluate is None:
+            return
+        for name, variant in self.variants.items():
+            if variant.library and self.evaluate.tasks and self.evaluate.tasks_dtype == "bfloat16":
+                raise PydanticCustomError(
+                    "tasks_dtype",
+                    "{variant} is evaluated in float32: leave it auto, or set float32",
+                    {"variant": name, "loc": ("evaluate", "tasks_dtype")},
+                )
+        if not self.evaluate.tasks_served:
+            return
+        engine = self.measure.engine if self.measure is not None else None
+        if engine not in ("vllm", "endpoint") or not self.evaluate.tasks:
+            raise PydanticCustomError(
+                "tasks_served",
+                "it needs `evaluate.tasks:`, and `measure:` with engine vllm or endpoint",
+                {"loc": ("evaluate", "tasks_served")},
+            )
+        for name, endpoint in self.measure.endpoints.items() if self.measure else ():
+            if endpoint.chat:
+                raise PydanticCustomError(
+                    "tasks_served",
+                    "a chat interface gives no log-probabilities of its prompt, which "
+                    "evaluate.tasks_served asks for: remove one of the two",
+                    {"loc": ("measure", "endpoints", name, "chat")},
+                )
 
     def _check_waterfall(self) -> None:
         """The steps are measured variants, each once, and each but the first adds something."""
@@ -988,6 +1092,10 @@ class Recipe(_Section):
     def path(self) -> Path:
         """The file it was read from, absolute."""
         return self._path
+
+    def place(self, *loc: int | str) -> str:
+        """``file:line`` of a key, or of the nearest above it that is there."""
+        return f"{self._path}:{_line(_compose(self._path), loc)}"
 
     @property
     def base_dir(self) -> Path:

@@ -12,6 +12,10 @@ make every figure again on another machine, without the store::
     calibration/tokens.npy  texts/<text>.npy   token ids
     layers/<variant>.jsonl                     what quantization did to each linear
     scores/<variant>/<text>.safetensors        the evaluation, token by token
+    texts/prompts.json  drift/<variant>.jsonl  prompts, and their greedy continuations
+    tasks/<variant>/<task>.jsonl               the tasks, document by document
+    served/<variant>/<task>.jsonl              the same, asked of the served artifact
+    gate.json           which variants kept the recipe's limits (where it sets any)
     artifacts/<variant>/<format>/
     report/
     MANIFEST.sha256     the hash of every file above (sha256sum -c reads it)
@@ -29,6 +33,7 @@ from typing import Any
 import yaml
 
 from compressor.errors import RunError
+from compressor.evaluate.options import TOLERANCE
 from compressor.store import StoredStage, content_key, file_sha256, write_atomic
 
 MANIFEST = "MANIFEST.sha256"
@@ -97,8 +102,12 @@ def kept_files(stage: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Pu
             yield entry, path
         elif kind == "calibrate" and path.suffix == ".npy":
             yield entry, PurePosixPath("calibration") / path
-        elif kind == "texts" and path.suffix == ".npy":
+        elif kind == "texts":
             yield entry, PurePosixPath("texts") / path
+        elif kind in ("tasks", "served") and path.suffix == ".jsonl":
+            yield entry, PurePosixPath(kind) / variant / path.name
+        elif kind == "evaluate" and path.suffix == ".jsonl":
+            yield entry, PurePosixPath("drift") / f"{variant}.jsonl"
         elif kind == "quantize" and path.name == "layers.jsonl":
             yield entry, PurePosixPath("layers") / f"{variant}.jsonl"
         elif kind == "accept" and path.suffix == ".jsonl":
@@ -182,26 +191,30 @@ def run_report(
     run_dir: Path,
     *,
     measured: Mapping[str, Any] | None = None,
-    quality: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    evaluated: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The report's content, from the files of the run directory alone.
 
     Args:
         measured: figures instead of the ledger's, by key.
-        quality: rows by variant instead of those that the evaluation recorded.
+        evaluated: by variant, instead of the results of its evaluate stage.
 
     Raises RunError when a file cannot be read or does not fit the report.
     """
+    from compressor.quality import judged_variants
     from compressor.report.build import build_report
 
     run, stages = read_json(run_dir, RUN), read_json(run_dir, STAGES)
+    lock = read_lock(run_dir)
+    settings = lock.get("evaluate") or {}
+    tolerance = settings.get("tolerance", TOLERANCE)
     results = {stage["name"]: stage["result"] for stage in stages}
     load, ledger = results["load"], None
     if "measure" in results:
         ledger = read_json(run_dir, LEDGER) | dict(measured or {})
     sizes = ledger["artifact_bytes"] if ledger else {}
     return build_report(
-        recipe={"name": run["name"], "sha256": content_key(read_lock(run_dir))},
+        recipe={"name": run["name"], "sha256": content_key(lock)},
         created=run["created"],
         compressor_version=run["compressor_version"],
         command=run["command"],
@@ -211,14 +224,21 @@ def run_report(
             for key in ("source", "revision", "architecture", "parameters", "size_bytes")
         },
         calibration=results.get("calibrate"),
-        variants=[
-            _variant(run_dir, run, stages, name, quality, sizes.get(name))
-            for name in run["variants"]
-        ],
+        variants=judged_variants(
+            run_dir,
+            [
+                _variant(run_dir, run, stages, name, evaluated, sizes.get(name))
+                for name in run["variants"]
+            ],
+            stages,
+            tolerance,
+            settings.get("gate"),
+        ),
         measured=ledger,
         stages=read_json(run_dir, PLAN),
         notes=[*load["notes"], *_export_notes(stages)],
         record={name: file_sha256(run_dir / name) for name in RECORD if (run_dir / name).exists()},
+        quality_limit=tolerance,
     )
 
 
@@ -237,16 +257,16 @@ def _variant(
     run: Mapping[str, Any],
     stages: Sequence[Mapping[str, Any]],
     name: str,
-    quality: Mapping[str, Sequence[Mapping[str, Any]]] | None,
+    evaluated: Mapping[str, Mapping[str, Any]] | None,
     measured_bytes: int | None,
 ) -> dict[str, Any]:
     """One variant's entry of the report; its size is that of the artifact that was measured, or of
     the first where none was."""
     own = {stage["name"]: stage for stage in stages if stage["variant"] == name}
     quantized, scored = own.get(f"quantize:{name}"), own.get(f"evaluate:{name}")
-    rows = scored["result"]["quality"] if scored else []
-    if quality is not None:
-        rows = [dict(row) for row in quality.get(name, [])]
+    found = scored["result"] if scored else {}
+    if evaluated is not None:
+        found = evaluated.get(name, {})
     entry: dict[str, Any] = {
         "name": name,
         "status": "failed" if name in run["failed"] else "ok",
@@ -258,7 +278,9 @@ def _variant(
         "coverage": None,
         "precision": None,
         "quantization": None,
-        "quality": rows,
+        "quality": [dict(row) for row in found.get("quality", [])],
+        "positions": found.get("positions", []),
+        "drift": found.get("drift"),
         "speculation": _speculation(own, name),
         "artifacts": [],
     }

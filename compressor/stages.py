@@ -6,17 +6,18 @@ never loads torch.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor import speculate_stages
-from compressor.errors import RunError
+from compressor import speculate_stages, task_stages
+from compressor.errors import RecipeError, RunError
 from compressor.plan import Stage
 from compressor.progress import Progress, counting
-from compressor.store import StoredStage
+from compressor.store import StoredStage, write_atomic
 
 if TYPE_CHECKING:
     from torch import nn
@@ -152,7 +153,8 @@ def texts(context: Context) -> dict[str, Any]:
     from compressor.data.tokens import evaluation_windows, tokens_sha256
 
     tokenizer = context.tokenizer()
-    found = []
+    longer = context.config.get("positions")
+    found, long = [], []
     for text in context.config["texts"]:
         loaded = load_texts(
             text["source"],
@@ -174,7 +176,88 @@ def texts(context: Context) -> dict[str, Any]:
                 "sha256": tokens_sha256(windows),
             }
         )
-    return {"texts": found, "length": context.config["length"]}
+        if longer is not None and (entry := _long_windows(context, text["name"], loaded)):
+            long.append(entry)
+    if longer is not None and not long:
+        raise RecipeError(
+            f"no text has {longer['length']} tokens, one window of evaluate.positions",
+            where="evaluate.positions",
+            fix="give a longer text, or a smaller length",
+        )
+    prompts = _drift_prompts(context, tokenizer) if context.config.get("drift") else None
+    return {
+        "texts": found,
+        "length": context.config["length"],
+        "long": long,
+        "prompts": prompts,
+    }
+
+
+def _context_length(directory: Path) -> int | None:
+    """Positions of a checkpoint's model; None where its config names none."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return config.get("text_config", config).get("max_position_embeddings")
+
+
+def _long_windows(context: Context, name: str, texts: list[str]) -> dict[str, Any] | None:
+    """Windows for perplexity by position; None where the text is too short for one."""
+    import numpy as np
+
+    from compressor.data.tokens import evaluation_windows, tokenise, tokens_sha256
+
+    wanted, tokenizer = context.config["positions"], context.tokenizer()
+    limit = _context_length(context.model_dir)
+    if limit is not None and wanted["length"] > limit:
+        raise RecipeError(
+            f"the model has {limit} positions, evaluate.positions asks for {wanted['length']}",
+            where="evaluate.positions",
+            fix=f"set its length to {limit} or less",
+        )
+    most = max(wanted["max_tokens"], wanted["length"])
+    if len(tokenise(texts, tokenizer, most)) < wanted["length"]:
+        return None
+    windows, n_bytes = evaluation_windows(texts, tokenizer, wanted["length"], most)
+    (context.directory / "long").mkdir(exist_ok=True)
+    np.save(context.directory / "long" / f"{name}.npy", windows)
+    return {
+        "name": name,
+        "windows": len(windows),
+        "bytes": n_bytes,
+        "sha256": tokens_sha256(windows),
+    }
+
+
+def _drift_prompts(context: Context, tokenizer: Any) -> dict[str, Any] | None:
+    """The prompts that are continued, as they are served; None where none is short enough."""
+    import numpy as np
+
+    from compressor.data.sources import load_texts
+    from compressor.data.tokens import prompt_tokens
+    from compressor.store import file_sha256
+
+    c = context.config["drift"]
+    texts = load_texts(
+        c["prompts"],
+        field="prompt",
+        base_dir=context.stage.local["base_dir"],
+        tokenizer=tokenizer,
+    )
+    limit = _context_length(context.model_dir)
+    room = c["input_length"]
+    if limit is not None:
+        room = min(room, limit - c["output_length"])
+    rows = []
+    for index in np.random.default_rng(c["seed"]).permutation(len(texts)).tolist():
+        ids = list(prompt_tokens(texts[index], tokenizer))
+        if 0 < len(ids) <= room:
+            rows.append({"prompt": texts[index], "tokens": ids})
+        if len(rows) == c["samples"]:
+            break
+    if not rows:
+        return None
+    path = context.directory / "prompts.json"
+    write_atomic(path, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+    return {"source": c["prompts"], "prompts": len(rows), "sha256": file_sha256(path)}
 
 
 def rotate(context: Context) -> dict[str, Any]:
@@ -389,7 +472,13 @@ def evaluate(context: Context) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
-    from compressor.evaluate.divergence import Scores, score_baseline, score_variant, summarise
+    from compressor.evaluate.divergence import (
+        Scores,
+        by_position,
+        score_baseline,
+        score_variant,
+        summarise,
+    )
     from compressor.models.architecture import CausalLM
     from compressor.models.checkpoint import save_whole
     from compressor.models.head import split
@@ -400,24 +489,75 @@ def evaluate(context: Context) -> dict[str, Any]:
     plain = CausalLM.open(context.baseline_dir).load_full(torch.float32, device)
     model = quantized_model(context.model_dir, quantized, device) if quantized else plain
     head = split(plain)
-    total = sum(text["windows"] for text in texts.result["texts"])
-    results = []
+    listed, long = texts.result["texts"], texts.result["long"]
+    total = sum(text["windows"] for text in [*listed, *long])
+    batch, length, bins = (context.config[key] for key in ("batch_size", "length", "bins"))
+
+    def score(name: str, batch: int, advance: Callable[[int], None]) -> tuple[Scores, Scores]:
+        """(scores, the baseline's) of the windows in a file."""
+        windows = np.load(texts.path / f"{name}.npy")
+        (context.directory / name).parent.mkdir(exist_ok=True)
+        if baseline is None:
+            scores, hidden = score_baseline(model, windows, batch, advance)
+            save_whole({"hidden": hidden}, context.directory / f"{name}.hidden.safetensors")
+            reference = scores
+        else:
+            hidden = load_file(baseline.path / f"{name}.hidden.safetensors")["hidden"]
+            reference = Scores.load(baseline.path / f"{name}.safetensors")
+            scores = score_variant(model, windows, batch, hidden, head, advance)
+        scores.save(context.directory / f"{name}.safetensors")
+        return scores, reference
+
+    results, positions = [], []
     with context.progress.task(f"evaluate {context.stage.variant}", total) as task:
-        for text in texts.result["texts"]:
+        for text in listed:
             name = text["name"]
-            windows = np.load(texts.path / f"{name}.npy")
-            batch = context.config["batch_size"]
-            if baseline is None:
-                scores, hidden = score_baseline(model, windows, batch, task.advance)
-                save_whole({"hidden": hidden}, context.directory / f"{name}.hidden.safetensors")
-                reference = scores
-            else:
-                hidden = load_file(baseline.path / f"{name}.hidden.safetensors")["hidden"]
-                reference = Scores.load(baseline.path / f"{name}.safetensors")
-                scores = score_variant(model, windows, batch, hidden, head, task.advance)
-            scores.save(context.directory / f"{name}.safetensors")
+            scores, reference = score(name, batch, task.advance)
             results.append({"text": name, **summarise(scores, reference, text["bytes"])})
-    return {"quality": results}
+            if not long:
+                parts = by_position(scores, reference, bins)
+                positions.append({"text": name, "length": length, "bins": parts})
+        for text in long:
+            name, longer = text["name"], context.config["positions"]
+            fewer = max(1, batch * length // longer)
+            scores, reference = score(f"long/{name}", fewer, task.advance)
+            parts = by_position(scores, reference, bins)
+            positions.append({"text": name, "length": longer, "bins": parts})
+    drift = _drift(context, model, texts, baseline) if texts.result["prompts"] else None
+    return {"quality": results, "positions": positions, "drift": drift}
+
+
+def _drift(
+    context: Context, model: Any, texts: StoredStage, baseline: StoredStage | None
+) -> dict[str, Any]:
+    """Continue the prompts greedily, and say where that leaves the baseline's continuation."""
+    import torch
+
+    from compressor.evaluate import drift
+    from compressor.measure.engines.transformers import TransformersEngine
+    from compressor.models.end_tokens import end_tokens
+
+    c = context.config["drift"]
+    rows = json.loads((texts.path / "prompts.json").read_text(encoding="utf-8"))
+    tokenizer, ends = context.tokenizer(), end_tokens(model)
+    engine = TransformersEngine(lambda dtype: model)
+    engine.start()
+    made: list[drift.Continuation] = []
+    with context.progress.task(f"continue {context.stage.variant}", len(rows)) as task:
+        for start in range(0, len(rows), c["batch_size"]):
+            part = rows[start : start + c["batch_size"]]
+            steps = engine.steps([row["tokens"] for row in part], c["output_length"])
+            tokens = torch.cat([step for step, _ in steps], dim=1).tolist()
+            for row, new in zip(part, tokens, strict=True):
+                kept = drift.until_end(new, ends)
+                text = tokenizer.decode(kept, skip_special_tokens=True)
+                made.append(drift.Continuation(row["prompt"], kept, text))
+            task.advance(len(part))
+    drift.write_continuations(made, context.directory / drift.FILE)
+    reference = made
+    if baseline is not None:
+        reference = drift.read_continuations(baseline.path / drift.FILE)
+    return drift.summarise_drift(made, reference, c["output_length"])
 
 
 def measure(context: Context) -> dict[str, Any]:
@@ -529,6 +669,8 @@ FUNCTIONS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "accept": speculate_stages.accept,
     "export": export,
     "evaluate": evaluate,
+    "tasks": task_stages.tasks,
+    "served": task_stages.served,
     "measure": measure,
 }
 
@@ -585,8 +727,13 @@ def _scale_dtype(load: StoredStage) -> Any:
     return getattr(torch, load.result["dtype"])
 
 
-def quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn.Module:
-    """The variant as the engine computes it: dequantized weights, activations and cache rounded."""
+def quantized_model(
+    directory: Path, quantized: StoredStage, device: str, dtype: Any = None
+) -> nn.Module:
+    """The variant as the engine computes it: dequantized weights, activations and cache rounded;
+    in float32 if no dtype is given."""
+    from functools import partial
+
     import torch
 
     from compressor.models.architecture import CausalLM
@@ -597,7 +744,7 @@ def quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn.
     from compressor.quantize.bitsandbytes import iterate_tensors
     from compressor.quantize.codes import kv_scales, replace_linears, replaced_tensors
 
-    model = CausalLM.open(directory)
+    model, dtype = CausalLM.open(directory), dtype or torch.float32
     if quantized.result.get("format") == "bitsandbytes":
         refs = {ref.name: ref for i in range(len(model.blocks)) for ref in model.linears(i)}
         threshold = quantized.result["settings"].get("llm_int8_threshold", 0.0)
@@ -605,13 +752,13 @@ def quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn.
             ref = refs[name]
             bias = model.checkpoint.tensor(f"{name}.bias") if ref.module.bias is not None else None
             model.replace_linear(ref, bitsandbytes.linear(tensors, bias, threshold))
-        return model.load_full(torch.float32, device)
+        return model.load_full(dtype, device)
     replace_linears(
         model,
         quantized.path,
-        QuantizedLinear.from_tensor,
+        partial(QuantizedLinear.from_tensor, dtype=dtype),
         untie_head=quantized.result.get("head") is not None,
     )
     if quantized.result.get("kv_cache"):
         round_cache(model, kv_scales(quantized.path), KV_CACHE[quantized.result["kv_cache"]])
-    return model.load_full(torch.float32, device, replaced_tensors(quantized.path))
+    return model.load_full(dtype, device, replaced_tensors(quantized.path))

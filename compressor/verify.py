@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor import __version__, record
 from compressor.errors import RunError
+from compressor.quality import DRIFT, GATE, gate_record
 from compressor.store import file_sha256
 
 if TYPE_CHECKING:
@@ -260,33 +261,51 @@ class _Run:
         return recompute(self.path) if self.ledger is not None else None
 
     @cached_property
-    def quality(self) -> dict[str, list[dict[str, Any]]]:
-        """Rows by variant, made again from the scores of every token."""
-        from compressor.evaluate.divergence import Scores, summarise
+    def evaluated(self) -> dict[str, dict[str, Any]]:
+        """Results of the evaluation by variant, made again from the scores of every token and from
+        what was generated."""
+        from compressor.evaluate.divergence import Scores, by_position, summarise
+        from compressor.evaluate.drift import read_continuations, summarise_drift
 
-        made: dict[str, list[dict[str, Any]]] = {}
-        listed = {
-            text["name"]: text
-            for stage in self.of_kind("texts")
-            for text in stage["result"]["texts"]
-        }
+        texts = next((stage["result"] for stage in self.of_kind("texts")), None)
         baseline = next(
             (s["variant"] for s in self.of_kind("evaluate") if not _evaluated_against(s)), None
         )
+        if texts is None or baseline is None:
+            return {}
+        made = {}
         for stage in self.of_kind("evaluate"):
-            rows = made[stage["variant"]] = []
-            for text in listed.values():
+            variant, settings = stage["variant"], stage["config"]
+
+            def scores(name: str, variant: str = variant) -> tuple[Scores, Scores]:
                 own, reference = (
-                    Scores.load(self.path / "scores" / str(who) / f"{text['name']}.safetensors")
-                    for who in (stage["variant"], baseline)
+                    Scores.load(self.path / "scores" / who / f"{name}.safetensors")
+                    for who in (variant, baseline)
                 )
-                rows.append({"text": text["name"], **summarise(own, reference, text["bytes"])})
+                return own, reference
+
+            quality, positions, drift = [], [], None
+            for text in texts["texts"]:
+                name = text["name"]
+                quality.append({"text": name, **summarise(*scores(name), text["bytes"])})
+            length = settings["positions"] if texts["long"] else settings["length"]
+            for text in texts["long"] or texts["texts"]:
+                where = f"long/{text['name']}" if texts["long"] else text["name"]
+                parts = by_position(*scores(where), settings["bins"])
+                positions.append({"text": text["name"], "length": length, "bins": parts})
+            if texts["prompts"]:
+                own, reference = (
+                    read_continuations(self.path / DRIFT / f"{who}.jsonl")
+                    for who in (variant, baseline)
+                )
+                drift = summarise_drift(own, reference, settings["drift"]["output_length"])
+            made[variant] = {"quality": quality, "positions": positions, "drift": drift}
         return made
 
     @cached_property
     def report(self) -> dict[str, Any]:
         """The report's content, made again from recomputed figures."""
-        return record.run_report(self.path, measured=self.measured, quality=self.quality)
+        return record.run_report(self.path, measured=self.measured, evaluated=self.evaluated)
 
 
 def _evaluated_against(stage: Mapping[str, Any]) -> bool:
@@ -332,6 +351,7 @@ def _check_recipe(run: _Run, check: Check) -> None:
     """The locked recipe is the one that ran, and the stages had its settings."""
     lock = record.read_lock(run.path)
     check.expect(record.LOCK, "", lock, run.json(record.RUN)["recipe"])
+    evaluated = lock.get("evaluate") or {}
     measured = run.stage("measure")
     if measured is not None:
         given = dict(measured["config"])
@@ -352,11 +372,21 @@ def _check_recipe(run: _Run, check: Check) -> None:
             {key: value for key, value in text.items() if key != "file_sha256"}
             for text in stage["config"]["texts"]
         ]
-        evaluated = lock.get("evaluate") or {}
         check.expect(record.LOCK, "evaluate.texts", evaluated.get("texts"), listed)
         check.expect(
             record.LOCK, "evaluate.length", evaluated.get("length"), stage["config"]["length"]
         )
+        long, drift = evaluated.get("positions") or {}, evaluated.get("drift")
+        given = stage["config"].get("positions") or {"length": None}
+        known = {key: long.get(key) for key in given}
+        check.expect(record.LOCK, "evaluate.positions", known, given)
+        given = dict(stage["config"].get("drift") or {})
+        given.pop("file_sha256", None)
+        known = {key: drift.get(key) for key in given} if drift else {}
+        check.expect(record.LOCK, "evaluate.drift", known, given)
+    for stage in run.of_kind("evaluate"):
+        bins = (evaluated.get("positions") or {}).get("bins")
+        check.expect(record.LOCK, "evaluate.positions.bins", bins, stage["config"]["bins"])
 
 
 def _check_artifacts(run: _Run, check: Check) -> None:
@@ -412,18 +442,63 @@ def _check_tokens(run: _Run, check: Check) -> None:
             tokens = np.load(run.path / name)
             check.expect(name, "sha256", tokens_sha256(tokens), text["sha256"])
             check.expect(name, "windows", len(tokens), text["windows"])
+        for text in stage["result"]["long"]:
+            name = f"texts/long/{text['name']}.npy"
+            tokens = np.load(run.path / name)
+            check.expect(name, "sha256", tokens_sha256(tokens), text["sha256"])
+            check.expect(name, "windows", len(tokens), text["windows"])
+        if (prompts := stage["result"]["prompts"]) is not None:
+            name = "texts/prompts.json"
+            check.expect(name, "sha256", run.sha256(name), prompts["sha256"])
+            check.expect(name, "prompts", len(run.json(name)), prompts["prompts"])
 
 
 def _check_quality(run: _Run, check: Check) -> None:
-    """Perplexity, its interval, KL divergence and agreement follow from the tokens' scores."""
+    """Perplexity, its interval, KL divergence and agreement follow from the tokens' scores, drift
+    from what was generated."""
     for index, stage in enumerate(run.stages):
         if stage["kind"] == "evaluate":
-            check.expect(
-                record.STAGES,
-                f"[{index}].result.quality",
-                stage["result"]["quality"],
-                run.quality[stage["variant"]],
-            )
+            made = run.evaluated[stage["variant"]]
+            check.expect(record.STAGES, f"[{index}].result", stage["result"], made)
+
+
+def _check_tasks(run: _Run, check: Check) -> None:
+    """Every figure of a task follows from its samples, which are those that were hashed."""
+    from compressor.evaluate.samples import read_samples
+    from compressor.evaluate.tasks import figures
+
+    evaluated = record.read_lock(run.path).get("evaluate") or {}
+    for index, stage in enumerate(run.stages):
+        if stage["kind"] not in ("tasks", "served"):
+            continue
+        listed = [
+            {key: value for key, value in choice.items() if key != "files"}
+            for choice in stage["config"]["tasks"]
+        ]
+        check.expect(record.LOCK, "evaluate.tasks", evaluated.get("tasks"), listed)
+        for key in ("limit", "seed"):
+            given = evaluated.get(f"tasks_{key}")
+            check.expect(record.LOCK, f"evaluate.tasks_{key}", given, stage["config"][key])
+        for number, task in enumerate(stage["result"]["tasks"]):
+            name = f"{stage['kind']}/{stage['variant']}/{Path(task['file']).name}"
+            check.expect(name, "sha256", run.sha256(name), task["sha256"])
+            samples = read_samples(run.path / name)
+            key = f"[{index}].result.tasks[{number}]"
+            check.expect(record.STAGES, f"{key}.samples", task["samples"], len(samples))
+            made = figures(samples, task["aggregation"])
+            check.expect(record.STAGES, f"{key}.metrics", task["metrics"], made)
+
+
+def _check_gate(run: _Run, check: Check) -> None:
+    """The gate's record follows from all figures."""
+    made = gate_record(run.report)
+    there = (run.path / GATE).is_file()
+    if made is None:
+        check.note = "the recipe sets no limits"
+        if there:
+            check.fail(GATE, problem="the recipe sets no limits")
+    else:
+        check.expect(GATE, "", run.json(GATE), made)
 
 
 def _check_speculation(run: _Run, check: Check) -> None:
@@ -692,6 +767,8 @@ _CHECKS: tuple[tuple[tuple[str, str], Callable[[_Run, Check], None]], ...] = (
     (("artifacts", "hashes and sizes"), _check_artifacts),
     (("calibration and evaluation tokens", "hashes"), _check_tokens),
     (("quality figures recomputed", "figures"), _check_quality),
+    (("task figures recomputed", "figures"), _check_tasks),
+    (("gate", "values"), _check_gate),
     (("acceptance recomputed", "figures"), _check_speculation),
     (("prompts", "hashes"), _check_prompts),
     (("raw samples", "requests and hashes"), _check_samples),

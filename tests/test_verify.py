@@ -74,10 +74,11 @@ def test_a_moved_run_holds_and_says_what_was_compared(run: Path) -> None:
     assert found.ok, [one.sentence for one in found.failures]
     counts = {check.name: check.count for check in found.checks}
     assert counts.pop("acceptance recomputed") == 0  # no variant speculates
+    assert counts.pop("task samples and gate") == 0  # nor are there tasks or limits
     assert all(counts.values()), counts
     assert counts["performance figures recomputed"] > 150
-    assert counts["quality figures recomputed"] == 3 * 10
-    assert not any(check.note for check in found.checks)
+    assert counts["quality figures recomputed"] > 3 * 40
+    assert [check.note for check in found.checks if check.note] == ["the recipe sets no limits"]
     seal = hashlib.sha256((run / MANIFEST).read_bytes()).hexdigest()
     assert found.seal == seal and verify(run, seal).ok and not verify(run, "0" * 64).ok
 

@@ -8,7 +8,7 @@ Definitions (natural logarithms, per predicted token):
 - bits/byte: total negative log-likelihood in bits over the UTF-8 bytes of the predicted text.
 
 Intervals are 95% paired bootstrap intervals over evaluation windows (windows, and not tokens, are
-resampled, since tokens of one window depend on each other).
+resampled, since tokens of one window depend on each other); see `significance.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from compressor.evaluate.significance import (
+    bootstrap_p,
+    interval,
+    resampled_means,
+    visible_mean,
+)
 from compressor.models.checkpoint import save_whole
 from compressor.models.head import CausalModel, Head, last_hidden, split
 
 TOKENS_PER_STEP = 256
-BOOTSTRAP_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -110,36 +116,78 @@ def score_variant(
 
 
 def summarise(scores: Scores, baseline: Scores, n_bytes: int, seed: int = 0) -> dict[str, Any]:
-    """Figures of one text: tokens, perplexity, its change and interval, KL, agreement.
+    """Figures of one text: tokens, perplexity, its change, KL, agreement, and their intervals.
 
-    ``perplexity_change`` is the ratio to the baseline's perplexity minus one.
+    ``perplexity_change`` is the ratio to the baseline's perplexity minus one, ``change_p`` the
+    bootstrap's two-sided p-value of no change, and ``visible_change`` the smallest growth that was
+    to be found in 80% of the cases; both are None for the baseline and for a single window.
     """
     perplexity = math.exp(float(scores.nll.mean(dtype=np.float64)))
     reference = math.exp(float(baseline.nll.mean(dtype=np.float64)))
+    difference = _by_window(scores.nll) - _by_window(baseline.nll)
+    changes = resampled_means(difference, seed=seed)
+    agree = scores.top1 == baseline.top1
     result: dict[str, Any] = {
         "tokens": int(scores.nll.size),
+        "windows": len(scores.nll),
         "perplexity": perplexity,
         "perplexity_change": perplexity / reference - 1,
-        "perplexity_ci": list(_interval(scores.nll, baseline.nll, seed)),
+        "perplexity_ci": list(interval(np.expm1(changes))),
+        "change_p": None,
+        "visible_change": None,
         "bits_per_byte": float(scores.nll.sum(dtype=np.float64)) / math.log(2) / n_bytes,
-        "top1_agreement": float((scores.top1 == baseline.top1).mean()),
+        "top1_agreement": float(agree.mean()),
+        "top1_ci": list(interval(resampled_means(_by_window(agree), seed=seed))),
         "kl_mean": 0.0,
+        "kl_ci": [0.0, 0.0],
         "kl_p99": 0.0,
     }
     if scores.kl is not None:
         result["kl_mean"] = float(scores.kl.mean(dtype=np.float64))
+        result["kl_ci"] = list(interval(resampled_means(_by_window(scores.kl), seed=seed)))
         result["kl_p99"] = float(np.quantile(scores.kl, 0.99))
+        if len(difference) > 1:
+            result["change_p"] = bootstrap_p(changes)
+            result["visible_change"] = math.expm1(visible_mean(difference))
     return result
 
 
-def _interval(nll: np.ndarray, baseline: np.ndarray, seed: int) -> tuple[float, float]:
-    """95% interval of the perplexity's relative change, by paired bootstrap over windows."""
-    difference = (nll.astype(np.float64) - baseline.astype(np.float64)).mean(axis=1)
-    draws = np.random.default_rng(seed).integers(
-        len(difference), size=(BOOTSTRAP_RESAMPLES, len(difference))
-    )
-    changes = np.expm1(difference[draws].mean(axis=1))
-    return float(np.quantile(changes, 0.025)), float(np.quantile(changes, 0.975))
+def by_position(scores: Scores, baseline: Scores, bins: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Perplexity where tokens have little and where they have much context.
+
+    Args:
+        scores: of a model.
+        baseline: its baseline's, on the same windows.
+        bins: parts of equal width; fewer where a window has not so many predicted tokens.
+        seed: of the bootstrap.
+
+    Returns:
+        by part: ``first`` and ``last``, the fewest and most tokens before a predicted one;
+        perplexity, its change against the baseline with the interval, and the mean KL divergence.
+    """
+    predicted = scores.nll.shape[1]
+    edges = np.linspace(0, predicted, min(bins, predicted) + 1).round().astype(int)
+    rows = []
+    for start, stop in pairwise(edges.tolist()):
+        own, reference = (_by_window(each.nll[:, start:stop]) for each in (scores, baseline))
+        kl = None if scores.kl is None else scores.kl[:, start:stop]
+        changes = np.expm1(resampled_means(own - reference, seed=seed))
+        rows.append(
+            {
+                "first": start + 1,
+                "last": stop,
+                "perplexity": math.exp(float(own.mean())),
+                "perplexity_change": math.expm1(float((own - reference).mean())),
+                "perplexity_ci": list(interval(changes)),
+                "kl_mean": 0.0 if kl is None else float(kl.mean(dtype=np.float64)),
+            }
+        )
+    return rows
+
+
+def _by_window(values: np.ndarray) -> np.ndarray:
+    """Means of windows, float64 [windows]."""
+    return values.mean(axis=1, dtype=np.float64)
 
 
 def _arrays(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -268,16 +268,12 @@ def in_process(loader: Loader, settings: MeasureSettings) -> Candidates:
     return found
 
 
-def vllm(directory: Path, log: Path, settings: MeasureSettings) -> Candidates:
-    """Candidates of vLLM: the dtypes that the recipe leaves open, each a server of its own.
-
-    Raises:
-        RecipeError: there is no environment with vLLM.
-    """
+def vllm_interpreter(program: str | None) -> Path:
+    """The interpreter of an environment with vLLM, as given or found; RecipeError where there is
+    none."""
     from compressor.doctor import vllm_python
-    from compressor.measure.engines.vllm import VllmServer
 
-    python = Path(settings.program) if settings.program else vllm_python()
+    python = Path(program) if program else vllm_python()
     if python is None or not python.exists():
         raise RecipeError(
             f"no environment with vLLM{f' at {python}' if python else ''}",
@@ -285,6 +281,18 @@ def vllm(directory: Path, log: Path, settings: MeasureSettings) -> Candidates:
             fix="bash scripts/setup_vllm_cpu.sh, or name the interpreter of an environment that "
             "has vLLM in measure.program or $COMPRESSOR_VLLM_PYTHON",
         )
+    return python
+
+
+def vllm(directory: Path, log: Path, settings: MeasureSettings) -> Candidates:
+    """Candidates of vLLM: the dtypes that the recipe leaves open, each a server of its own.
+
+    Raises:
+        RecipeError: there is no environment with vLLM.
+    """
+    from compressor.measure.engines.vllm import VllmServer
+
+    python = vllm_interpreter(settings.program)
     told = any(flag.split("=")[0] == "--dtype" for flag in settings.flags)
 
     def server(dtype: str) -> Callable[[], ServedEngine]:

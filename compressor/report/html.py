@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
-from compressor.report import coverage, tables
+from compressor.report import coverage, quality, tables
 from compressor.report.plots import Plot, inline_svg
 
 _OUTCOMES = {
@@ -44,7 +44,7 @@ def render_html(report: Mapping[str, Any], *plots: Plot | None) -> str:
         report=report,
         verdict=report["verdict"],
         outcome=_OUTCOMES[report["verdict"]["outcome"]],
-        warnings=coverage.warnings(report),
+        warnings=[*coverage.warnings(report), *quality.gate_lines(report)],
         summary=tables.summary(report),
         figures=figures,
         body=tables.body(report),

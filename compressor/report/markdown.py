@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compressor.report import coverage, tables
+from compressor.report import coverage, quality, tables
 from compressor.report.table import Table
 
 
@@ -46,7 +46,7 @@ def render_markdown(
     parts = [f"# {title}", f"**{escape(verdict['sentence'])}**"]
     if verdict["details"]:
         parts.append("\n".join(f"- {escape(' '.join(d.split()))}" for d in verdict["details"]))
-    if warnings := coverage.warnings(report):
+    if warnings := [*coverage.warnings(report), *quality.gate_lines(report)]:
         parts.append("\n".join(f"- **Warning:** {escape(line)}" for line in warnings))
     parts.append(table_markdown(tables.summary(report)))
     for file, shows, caption in pictures:

@@ -136,18 +136,139 @@ class Quality(Strict):
 
     `perplexity_change` is the ratio to the baseline's perplexity minus 1, `perplexity_ci` its 95%
     confidence interval; KL divergence (nats per token) and top-1 agreement are against the
-    baseline.
+    baseline. `change_p`: bootstrap p-value of no change; `visible_change`: the smallest growth that
+    would have been found in 80% of cases.
     """
 
     text: str
     tokens: int | None = None
+    windows: int | None = None
     perplexity: float
     perplexity_change: float | None = None
     perplexity_ci: tuple[float, float] | None = None
+    change_p: float | None = None
+    visible_change: float | None = None
     bits_per_byte: float | None = None
     kl_mean: float | None = None
+    kl_ci: tuple[float, float] | None = None
     kl_p99: float | None = None
     top1_agreement: float | None = None
+    top1_ci: tuple[float, float] | None = None
+
+
+class PositionBin(Strict):
+    """Predicted tokens with `first` to `last` tokens of the window before them."""
+
+    first: int
+    last: int
+    perplexity: float
+    perplexity_change: float
+    perplexity_ci: tuple[float, float]
+    kl_mean: float
+
+
+class PositionQuality(Strict):
+    """Perplexity by position on one text, in windows of so many tokens."""
+
+    text: str
+    length: int
+    bins: list[PositionBin]
+
+
+class EqualAfter(Strict):
+    """Share of the prompts whose continuations' first so many tokens are the same."""
+
+    tokens: int
+    share: float
+
+
+class DriftExample(Strict):
+    """A prompt, and its continuations in words; `first_difference` in tokens, from 0."""
+
+    prompt: str
+    baseline: str
+    variant: str
+    first_difference: int | None
+
+
+class GenerationDrift(Strict):
+    """Greedy continuations of the same prompts: `equal` of them are the baseline's own.
+
+    The median counts those with the whole length.
+    """
+
+    prompts: int
+    output_length: int
+    equal: int
+    first_difference: list[int | None]
+    median_first_difference: float
+    equal_after: list[EqualAfter]
+    examples: list[DriftExample] = []
+
+
+class Flips(Strict):
+    """Documents whose answer turned wrong (`broken`) or right (`mended`), or `changed` at all.
+
+    `share` is that of the broken and mended ones.
+    """
+
+    broken: int
+    mended: int
+    changed: int
+    share: Interval
+
+
+class Retained(Strict):
+    """Quality that a variant kept on one axis, or on one task of it (then not `overall`).
+
+    `documents`: compared in pairs; for divergence windows. `retained` = value / baseline, for
+    divergence the perplexities' inverse ratio. `loss`: how much worse, in the unit of the axis
+    (accuracy and calibration absolute, divergence relative), positive for worse. `p`: of the named
+    test, alone; `p_holm`: adjusted over the variant's axes. `visible_loss`: the smallest loss that
+    the test would have found in 80% of cases at alpha = 5%, null where it could find none.
+
+    `finding`: ``loss`` p < 5% and worse; ``gain`` p_holm < 5% and better; ``equal`` every answer
+    and likelihood is the same; ``no-loss`` the test would have found a loss of the `tolerance`;
+    ``not-shown`` it was too weak for that.
+    """
+
+    axis: str
+    task: str | None
+    overall: bool
+    metric: str
+    documents: int
+    baseline: float
+    value: float
+    retained: Interval | None
+    loss: Interval
+    flips: Flips | None
+    test: str
+    p: float | None
+    p_holm: float | None
+    visible_loss: float | None
+    tolerance: float
+    finding: Literal["equal", "loss", "gain", "no-loss", "not-shown"]
+
+
+class GateLimit(Strict):
+    """One limit, where it was tightest: `decided` is what was compared with it, the figure or the
+    end of its interval; both are null where nothing was measured."""
+
+    metric: str
+    limit: float
+    kind: Literal["most", "least"]
+    where: str | None
+    value: float | None
+    decided: float | None
+    passed: bool
+
+
+class GateOutcome(Strict):
+    """Whether a variant kept all limits of the recipe's gate."""
+
+    passed: bool
+    decide_on: Literal["bound", "point"]
+    limits: list[GateLimit]
 
 
 class Steady(Strict):
@@ -501,6 +622,10 @@ class Variant(Strict):
     precision: Precision | None = None
     quantization: Quantization | None = None
     quality: list[Quality] = []
+    retained: list[Retained] = []
+    positions: list[PositionQuality] = []
+    drift: GenerationDrift | None = None
+    gate: GateOutcome | None = None
     serving: Serving | None = None
     performance: list[Performance] = []
     split: list[Split] = []

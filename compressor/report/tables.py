@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressor.report import economics, estimate, figures, speculation, techniques
+from compressor.report import quality as retained
 from compressor.report.coverage import block_share, named
 from compressor.report.table import Table
 from compressor.report.verdict import row_at, worst_quality
@@ -609,6 +610,7 @@ def body(report: Mapping[str, Any]) -> list[Table]:
     """The detail tables in reading order, empty ones left out."""
     tables = [
         quality(report),
+        *retained.tables(report),
         performance(report),
         techniques.table(report),
         costs(report),

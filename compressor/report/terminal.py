@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from compressor.report import coverage, tables
+from compressor.report import coverage, quality, tables
 
 
 def closing_table(report: Mapping[str, Any]) -> Table:
@@ -26,11 +26,22 @@ def closing_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def _kept(report: Mapping[str, Any]) -> list[str]:
+    """What the tasks showed of every variant."""
+    return [
+        f"{variant['name']}: {words}"
+        for variant in report["variants"]
+        if (words := quality.summary_words(variant))
+    ]
+
+
 def closing(report: Mapping[str, Any]) -> RenderableType:
     """The table, under it what a reader must be told, and the verdict sentence."""
     return Group(
         closing_table(report),
         *(Text(f"warning: {line}", style="bold red") for line in coverage.warnings(report)),
         *(Text(line, style="yellow") for line in coverage.fallbacks(report)),
+        *(Text(line, style="bold red") for line in quality.gate_lines(report)),
+        *(Text(line) for line in _kept(report)),
         Text(report["verdict"]["sentence"], style="bold"),
     )

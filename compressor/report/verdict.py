@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compressor.report import figures
+from compressor.report.quality import summary_words
 
 QUALITY_LIMIT = 0.01
 
@@ -50,6 +51,19 @@ def loss_bound(variant: Mapping[str, Any]) -> float | None:
     return max(bounds) if bounds else None
 
 
+def keeps_quality(variant: Mapping[str, Any], limit: float) -> bool:
+    """Whether perplexity surely stays within a limit, no axis has a significant loss beyond it, and
+    the gate, where there is one, was passed."""
+    bound = loss_bound(variant)
+    lost = any(
+        row["finding"] == "loss" and row["overall"] and row["loss"]["value"] > limit
+        for row in variant["retained"]
+        if row["axis"] != "divergence"
+    )
+    passed = variant["gate"] is None or variant["gate"]["passed"]
+    return bound is not None and bound <= limit and not lost and passed
+
+
 def certainly_cheaper(row: Mapping[str, Any] | None) -> bool:
     """Whether the whole interval of the cost ratio lies above 1."""
     ratio = row["cost_ratio"] if row else None
@@ -84,7 +98,9 @@ def quality_words(variant: Mapping[str, Any]) -> str:
     change = row["perplexity_change"]
     interval = figures.change_interval(row["perplexity_ci"])
     words = f"perplexity {figures.percent(change, signed=True)} on {row['text']}"
-    return f"{words} (95% interval {interval})" if interval else words
+    words = f"{words} (95% interval {interval})" if interval else words
+    axes = summary_words(variant)
+    return f"{words}; {axes}" if axes else words
 
 
 def _sentence_of(variant: Mapping[str, Any], concurrency: int | None) -> str:
@@ -109,8 +125,9 @@ def make_verdict(report: Mapping[str, Any], limit: float = QUALITY_LIMIT) -> dic
 
     The best variant is the one with the largest certain gain (lower end of the cost ratio's
     interval) at the headline concurrency among those whose perplexity grows by at most `limit` on
-    every text, the interval's upper end counted where there is one. Where none of the cheaper
-    variants stays within it, the sentence is about the one that loses least.
+    every text, the interval's upper end counted where there is one, which have no significant loss
+    beyond it on another axis and passed the gate. Where none of the cheaper variants stays within
+    it, the sentence is about the one that loses least.
     """
     candidates = [v for v in report["variants"] if v["name"] != report["baseline"]]
     concurrency = headline_concurrency(report)
@@ -122,9 +139,9 @@ def make_verdict(report: Mapping[str, Any], limit: float = QUALITY_LIMIT) -> dic
         "quality_limit": limit,
     }
     cheaper = [v for v in alive if certainly_cheaper(row_at(v, concurrency))]
-    good = [v for v in alive if (bound := loss_bound(v)) is not None and bound <= limit]
+    good = [v for v in alive if keeps_quality(v, limit)]
     both = [variant for variant in cheaper if variant in good]
-    percent = figures.percent(limit, 0)
+    percent = f"{100 * limit:g}%"
 
     def gain(variant: Mapping[str, Any]) -> float:
         row = row_at(variant, concurrency)

@@ -21,6 +21,7 @@ from transformers import (
 from compressor.errors import RunError
 from compressor.evaluate.divergence import (
     Scores,
+    by_position,
     score_baseline,
     score_variant,
     summarise,
@@ -101,8 +102,9 @@ def test_the_baseline_against_itself_has_no_divergence(
     result = summarise(again, base, n_bytes=300)
     assert result["perplexity_change"] == 0.0
     assert result["top1_agreement"] == 1.0
-    assert result["kl_mean"] < 1e-9
-    assert result["perplexity_ci"] == [0.0, 0.0]
+    assert result["kl_mean"] == 0.0 and result["kl_ci"] == [0.0, 0.0]
+    assert result["perplexity_ci"] == [0.0, 0.0] and result["change_p"] == 1.0
+    assert result["top1_ci"] == [1.0, 1.0] and result["visible_change"] == 0.0
 
 
 def test_batch_size_does_not_change_the_scores(
@@ -140,6 +142,38 @@ def test_interval_covers_the_change_and_narrows_with_more_windows() -> None:
     few, many = interval(10), interval(1000)
     assert many[0] < math.expm1(0.05) < many[1]
     assert many[1] - many[0] < (few[1] - few[0]) / 3
+
+
+def test_intervals_of_kl_and_agreement_hold_their_figures() -> None:
+    rng = np.random.default_rng(0)
+    nll = rng.normal(2, 0.5, (40, 8)).astype(np.float32)
+    base = Scores(nll, np.zeros((40, 8), np.int32))
+    top1 = (rng.random((40, 8)) < 0.1).astype(np.int32)
+    kl = rng.exponential(0.1, (40, 8)).astype(np.float32)
+    made = summarise(Scores(nll + 0.1, top1, kl), base, 100)
+    for key in ("kl_mean", "top1_agreement"):
+        low, high = made[{"kl_mean": "kl_ci", "top1_agreement": "top1_ci"}[key]]
+        assert low < made[key] < high < low + 0.1
+    assert made["change_p"] < 0.01 and made["windows"] == 40
+    one = summarise(Scores(nll[:1], top1[:1], kl[:1]), Scores(nll[:1], top1[:1]), 100)
+    assert one["change_p"] is None and one["visible_change"] is None
+
+
+def test_perplexity_by_position_is_that_of_each_part() -> None:
+    nll = np.tile(np.arange(10, dtype=np.float32) / 10, (6, 1))
+    base = Scores(nll, np.zeros((6, 10), np.int32))
+    worse = nll.copy()
+    worse[:, 7:] += 0.5  # long context alone is lost
+    own = Scores(worse, base.top1, np.abs(worse - nll))
+    rows = by_position(own, base, 3)
+    assert [(row["first"], row["last"]) for row in rows] == [(1, 3), (4, 7), (8, 10)]
+    assert [row["perplexity_change"] for row in rows] == pytest.approx([0, 0, math.expm1(0.5)])
+    assert rows[2]["perplexity"] == pytest.approx(math.exp(0.8 + 0.5))
+    assert rows[2]["kl_mean"] == pytest.approx(0.5) and rows[0]["kl_mean"] == 0.0
+    assert rows[2]["perplexity_ci"] == pytest.approx([math.expm1(0.5)] * 2)
+    logs = [math.log(row["perplexity"]) * (row["last"] - row["first"] + 1) for row in rows]
+    assert sum(logs) / 10 == pytest.approx(float(worse.mean()))
+    assert len(by_position(base, base, 32)) == 10
 
 
 def test_scores_survive_the_disk(tmp_path: Path) -> None:
