@@ -9,7 +9,7 @@ _NAMES = {"draft": "draft_model"}
 
 
 def speculative_config(
-    method: str, tokens: int, directory: Path | None = None, **lookup: int
+    method: str, tokens: int, directory: Path | str | None = None, **lookup: int
 ) -> str:
     """What follows ``vllm serve TARGET --speculative-config``, as one line of JSON.
 
