@@ -144,8 +144,7 @@ class Artifact:
             found.append(f"{consumer} computes something else than this model")
         elif verified is not True:
             found.append(
-                "no consumer has verified it"
-                + ("" if verified == UNVERIFIED else f" ({verified})")
+                "no consumer has verified it" + ("" if verified == UNVERIFIED else f" ({verified})")
             )
         return found
 

@@ -286,7 +286,9 @@ def _licence(artifact: Artifact) -> str:
     name = origin.get("licence")
     if name is None:
         files = origin.get("files") or []
-        more = f" Its source comes with {', '.join(files)}, whose name is not known." if files else ""
+        more = (
+            f" Its source comes with {', '.join(files)}, whose name is not known." if files else ""
+        )
         return f"No licence of the base model was found in its source; none is claimed here.{more}"
     own = f" ({origin['licence_name']})" if origin.get("licence_name") else ""
     files = origin.get("files") or []

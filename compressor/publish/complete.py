@@ -96,7 +96,9 @@ def compression_facts(artifact: Artifact) -> dict[str, Any]:
         "licence": dict(artifact.origin),
         "verification": dict(artifact.verification),
         "metrics": {key: facts[key] for key in keys},
-        "baseline_metrics": {key: baseline[key] for key in ("quality", "performance", "size_bytes")},
+        "baseline_metrics": {
+            key: baseline[key] for key in ("quality", "performance", "size_bytes")
+        },
         "verdict": [
             line
             for line in artifact.report["verdict"]["details"]

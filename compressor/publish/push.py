@@ -287,7 +287,7 @@ def _index(pairs: Sequence[tuple[Artifact, str]], layout: Layout) -> PushFile:
     for one, label in pairs:
         place = f"[{escape(label)}]({label}/)"
         if layout == "branches":
-            place = f"[{escape(label)}](../../tree/{label}) (`revision=\"{label}\"`)"
+            place = f'[{escape(label)}](../../tree/{label}) (`revision="{label}"`)'
         lines.append(f"- {place}: variant {escape(one.variant)}, format {one.format}")
     name = escape(first.report["title"].replace("\n", " "))
     where = "branch" if layout == "branches" else "folder"
