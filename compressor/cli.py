@@ -139,8 +139,10 @@ def _publish(plan: Plan, run_dir: Path, quiet: bool) -> bool:
 
     wanted = plan.recipe.publish
     assert wanted is not None
-    made = {stage.variant for stage in plan.stages if stage.kind == "export"}
-    chosen = [name for name in wanted.variants or plan.recipe.variants if name in made]
+    asked = wanted.variants or plan.recipe.variants
+    chosen = [name for name in asked if (run_dir / "artifacts" / name).is_dir()]
+    if not chosen:  # each of them failed, or was left out
+        return True
     ahead = plan_push(
         run_dir, wanted.repo, layout=wanted.layout, private=wanted.private, variants=chosen
     )
@@ -434,7 +436,7 @@ def report(
 ) -> None:
     """Write a run's report, and its verdict, again from the figures in its report.json."""
     from compressor.publish.complete import complete_artifacts
-    from compressor.record import MANIFEST, STAGES, write_manifest
+    from compressor.record import EXPORTS, MANIFEST, write_manifest
     from compressor.report.terminal import closing
     from compressor.report.verdict import make_verdict
     from compressor.report.write import read_report, write_report
@@ -447,7 +449,7 @@ def report(
     content = read_report(path)
     content["verdict"] = make_verdict(content, content["verdict"]["quality_limit"])
     write_report(content, run_dir / "report")
-    if (run_dir / STAGES).exists():
+    if (run_dir / EXPORTS).is_dir():  # else it is a run of an earlier version
         complete_artifacts(run_dir, content)
     if (run_dir / MANIFEST).exists():
         write_manifest(run_dir)

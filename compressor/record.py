@@ -34,7 +34,7 @@ from compressor.errors import RunError
 from compressor.export.artifact import PROVENANCE, SUMS
 from compressor.store import StoredStage, content_key, file_sha256, write_atomic
 
-MANIFEST = "MANIFEST.sha256"
+MANIFEST, EXPORTS = "MANIFEST.sha256", "exports"
 LOCK, RUN, ENVIRONMENT, PLAN = "recipe.lock.yaml", "run.json", "environment.json", "plan.json"
 STAGES, LEDGER = "stages.json", "ledger.json"
 RECORD = (LOCK, RUN, ENVIRONMENT, PLAN, STAGES, LEDGER)
@@ -91,7 +91,7 @@ def export_directory(stage: Mapping[str, Any]) -> PurePosixPath:
 
 def export_record(stage: Mapping[str, Any]) -> PurePosixPath:
     """Where what the exporter wrote of the artifact lies in the run directory."""
-    return PurePosixPath("exports") / stage["variant"] / f"{stage['result']['format']}.json"
+    return PurePosixPath(EXPORTS) / stage["variant"] / f"{stage['result']['format']}.json"
 
 
 def kept_files(stage: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], PurePosixPath]]:

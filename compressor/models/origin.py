@@ -186,7 +186,7 @@ def _from_package(resolved: ResolvedSource) -> dict[str, Any]:
 
 
 def _from_texts(files: list[Path]) -> dict[str, Any]:
-    """By the beginning of a licence file; one that is not known keeps its first line as its name."""
+    """By how a licence file begins; one that is not known has its first line for a name."""
     for path in files:
         if not path.name.upper().startswith(("LICENSE", "LICENCE", "COPYING")):
             continue

@@ -1,4 +1,4 @@
-"""The artifacts of a finished run with all that is known of each, from the run's directory alone."""
+"""The artifacts of a finished run, with all that is known of each from its directory alone."""
 
 from __future__ import annotations
 

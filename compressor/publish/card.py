@@ -83,9 +83,10 @@ def title(artifact: Artifact) -> str:
 def metadata(artifact: Artifact) -> ModelCardData:
     """The front matter."""
     facts, origin = artifact.facts, artifact.origin
-    scheme = (facts["scheme"] or "").replace("/", " ").split()
-    steps = (facts["algorithm"] or "").split("+") if facts["algorithm"] else []
-    tags = [artifact.format, *(word.lower() for word in scheme if word[0] in "WFNLI"), *steps]
+    # W4A16/W8A16 with fp8 cache; FP8; NF4; LLM.int8()
+    schemes = [word.lower() for word in re.findall(r"[A-Z][\w.]+", facts["scheme"] or "")]
+    steps = facts["algorithm"].split("+") if facts["algorithm"] else []
+    tags = [artifact.format, *schemes, *steps]
     if artifact.speculates:
         tags = [artifact.format, "speculative-decoding"]
     quantized = not artifact.speculates and not artifact.is_baseline
@@ -180,7 +181,7 @@ def _summary(artifact: Artifact) -> str:
 def _source(artifact: Artifact) -> str:
     """The source without this machine's directories."""
     source = str(artifact.report["model"]["source"])
-    return PurePosixPath(source).name if source.startswith(("/", "~", ".")) else source
+    return source if source.startswith("package:") else PurePosixPath(source).name
 
 
 def own_report(artifact: Artifact) -> dict[str, Any]:
@@ -201,7 +202,7 @@ def _figures(artifact: Artifact) -> list[str]:
 
 def _made(artifact: Artifact) -> list[str]:
     variant = artifact.lock["variants"].get(artifact.variant)
-    parts = [f"By [compressor]({_HOME}) {__version__}, from this part of the recipe:"]
+    parts = [f"By compressor {__version__}, from this part of the recipe:"]
     shown: dict[str, Any] = {}
     if variant is not None:
         shown[artifact.variant] = _given(variant)
@@ -211,9 +212,6 @@ def _made(artifact: Artifact) -> list[str]:
         return ["The weights are the base model's."]
     text = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()
     return [*parts, f"```yaml\n{text}\n```"]
-
-
-_HOME = "https://pypi.org/project/compressor/"
 
 
 def _given(value: Any) -> Any:

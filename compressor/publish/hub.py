@@ -87,7 +87,7 @@ def _token() -> str:
 
 
 def _prepare(api: HfApi, repo: str, plan: Push, force: bool) -> None:
-    """Make the repository, or see that the one of that name is ours and as private as it must be."""
+    """Make the repository, or see that the one of that name is ours and as private as wanted."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -201,7 +201,7 @@ def _causes(error: BaseException) -> list[BaseException]:
 def _answer(error: Any, repo: str, token: str) -> RunError:
     """A refusal of the Hub in words."""
     status = error.response.status_code if error.response is not None else None
-    said = _clean(error.server_message or _first_line(error), token)
+    said = _clean(getattr(error, "server_message", None) or _first_line(error), token)
     if status == 401:
         return RunError(
             "the Hub does not know this access token",

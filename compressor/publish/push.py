@@ -1,4 +1,4 @@
-"""What a run's artifacts become on the Hugging Face Hub: which files go where, and whether they may.
+"""What a run's artifacts become on the Hugging Face Hub: which files go where, and which may not.
 
 Layouts: ``repos`` gives each artifact a repository, ``folders`` a folder of one, ``branches`` a
 branch of one. The report goes along: into each repository, or once beside the artifacts.
@@ -18,6 +18,7 @@ from compressor.errors import RecipeError, RunError
 from compressor.export.artifact import SUMS
 from compressor.publish.artifacts import Artifact, read_artifacts
 from compressor.publish.card import licence_texts, metadata, restrictions
+from compressor.publish.complete import CARD
 from compressor.publish.options import Layout, check_repo_id
 from compressor.report.markdown import escape
 from compressor.store import file_sha256s
@@ -241,6 +242,8 @@ def _artifact_files(artifact: Artifact, prefix: str = "") -> tuple[PushFile, ...
     except OSError as error:
         raise _incomplete(directory, str(error.strerror)) from error
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if CARD not in there:
+        raise _incomplete(directory, f"there is no {CARD}")
     if sums.keys() != there.keys():
         odd = sorted(sums.keys() ^ there.keys())[0]
         raise _incomplete(directory, f"{odd} is not both there and listed in {SUMS}")
@@ -297,7 +300,7 @@ def _index(pairs: Sequence[tuple[Artifact, str]], layout: Layout) -> PushFile:
         f"The whole report: [{REPORT}/report.md]({REPORT}/report.md).\n"
     )
     data = text.encode()
-    return PushFile("README.md", data, len(data))
+    return PushFile(CARD, data, len(data))
 
 
 def _check_variables(lock: Mapping[str, Any]) -> None:

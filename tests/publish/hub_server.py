@@ -79,8 +79,12 @@ class Hub:
         repos: by id.
         requests: (method, path, bytes of the body) of each.
         stored: SHA-256 of each object, once for every time that it arrived whole.
+        headers: of each request.
         on_store: called with the URL's path and the body's length before the body of an upload is
-            read; what it raises cuts the connection.
+            read; a ConnectionError cuts the connection.
+        on_preupload: the same, with the paths that are asked about.
+        xet: address of a content-addressed storage, which clients with hf_xet are sent to;
+            ``local://DIRECTORY`` is one that hf_xet itself keeps.
         unknown: requests that this server does not know.
     """
 
@@ -94,7 +98,8 @@ class Hub:
         self.stored: list[str] = []
         self.unknown: list[str] = []
         self.on_store: Callable[[str, int], None] | None = None
-        self.xet: str | None = None  # address of a content-addressed storage, for hf_xet
+        self.on_preupload: Callable[[list[str]], None] | None = None
+        self.xet: str | None = None
         self.parts: dict[tuple[str, str], dict[int, bytes]] = {}
         self.lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -142,6 +147,7 @@ class _Answer(Exception):
 _ID = r"(?P<repo>[^/]+/[^/]+)"
 _ROUTES: list[tuple[str, str, str]] = [
     ("GET", r"/api/whoami-v2", "whoami"),
+    ("GET", r"/api/agent-harnesses", "harnesses"),
     ("POST", r"/api/validate-yaml", "validate"),
     ("POST", r"/api/repos/create", "create"),
     ("GET", rf"/api/models/{_ID}", "info"),
@@ -286,6 +292,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     # The API
 
+    def harnesses(self, body: bytes) -> None:
+        self.reply(200, {"standardEnvVars": [], "harnesses": {}})
+
     def whoami(self, body: bytes) -> None:
         names = self.names()
         if names is None:
@@ -396,8 +405,10 @@ class _Handler(BaseHTTPRequestHandler):
     def preupload(self, body: bytes, repo: str, revision: str) -> None:
         found = self.found(repo, write=True)
         _, files = self.head(found, revision)
-        rows = []
-        for file in json.loads(body)["files"]:
+        rows, asked = [], json.loads(body)["files"]
+        if self.hub.on_preupload:
+            self.hub.on_preupload([file["path"] for file in asked])
+        for file in asked:
             sample, path = base64.b64decode(file["sample"]), file["path"]
             large = (
                 path.endswith(LARGE)

@@ -221,6 +221,57 @@ def test_a_server_that_hangs_up_is_named_and_the_next_push_goes_on(run: Path, hu
     assert not set(hub.stored[len(before) :]) & set(before)
 
 
+def test_through_xet_what_arrived_is_not_stored_twice(run: Path, hub: Hub) -> None:
+    """The library's default: hf_xet itself cuts files into chunks and keeps them, here in a
+    directory. The first push is killed between two large files."""
+    directory = enlarge(run)
+    storage = run.parent / "xet"
+    hub.xet = f"local://{storage}"
+    arguments = ["--repo", "acme/t", "--only", "int4", "--format", "gguf"]
+    more = {"HF_HUB_DISABLE_XET": "0"}
+
+    def stored() -> int:
+        xorbs = storage / "xet" / "xorbs"
+        return sum(p.stat().st_size for p in xorbs.rglob("default.*") if p.is_file())
+
+    process: subprocess.Popen[str] | None = None
+    started = threading.Event()
+
+    def kill(paths: list[str]) -> None:
+        if paths == ["b.bin"]:
+            started.wait(30)
+            assert process is not None
+            process.kill()
+            raise ConnectionError
+
+    hub.on_preupload = kill
+    process = subprocess.Popen(
+        [sys.executable, "-m", "compressor", "push", str(run), *arguments],
+        env=environment(hub, run.parent / "home", **more),
+        cwd=run.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    started.set()
+    assert process.wait(120) == -signal.SIGKILL
+    first = stored()
+    assert 2_500_000 <= first < 2_700_000  # a.bin, and no more
+    assert not hub.files("acme/t")
+
+    hub.on_preupload = None
+    done = push(run, hub, *arguments, **more)
+    assert done.returncode == 0, done.stderr
+    whole = sum(len(data) for data in local(directory).values())
+    assert whole - 100_000 < stored() < whole + 200_000  # a.bin once
+    head = hub.repos["acme/t"].branches["main"]
+    for name in ("a.bin", "b.bin", "model.gguf"):
+        data = (directory / name).read_bytes()
+        assert head[name].sha256 == hashlib.sha256(data).hexdigest()
+        assert head[name].size == len(data)
+    assert not any(verb == "PUT" for verb, _, _ in hub.requests)
+
+
 def test_without_a_token_nothing_is_asked(run: Path, hub: Hub) -> None:
     done = push(run, hub, "--repo", "acme/t", token=None)
     assert done.returncode == 1

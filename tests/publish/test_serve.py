@@ -124,7 +124,7 @@ def test_bad_directories_and_engines_are_one_message(made: Path, tmp_path: Path)
     directory = made / "artifacts" / "int4" / "gguf"
     with pytest.raises(RecipeError, match=r"choose from llama\.cpp"):
         serve_command(directory, "vllm", installed=False)
-    with pytest.raises(RecipeError, match="give one of these: .*int4/gguf"):
+    with pytest.raises(RecipeError, match=r"give one of these: .*int4/gguf"):
         serve_command(made)
     with pytest.raises(RecipeError, match="give the directory of an artifact"):
         serve_command(tmp_path)
