@@ -106,6 +106,9 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        # Large files lie behind another host's name, as the Hub's do; clients do not follow there
+        # before they have read the headers, nor take the token along.
+        self.storage = f"http://localhost:{self.server.server_address[1]}/storage"
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
 
     def __enter__(self) -> Self:
@@ -433,7 +436,7 @@ class _Handler(BaseHTTPRequestHandler):
         for one in asked["objects"]:
             row: dict[str, Any] = {"oid": one["oid"], "size": one["size"]}
             if one["oid"] not in found.objects:
-                base = f"{self.hub.url}/storage/{repo}/{one['oid']}"
+                base = f"{self.hub.storage}/{repo}/{one['oid']}"
                 upload: dict[str, Any] = {"href": base}
                 if one["size"] > self.hub.chunk:
                     count = -(-one["size"] // self.hub.chunk)
@@ -534,7 +537,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {
                 "X-Linked-Etag": f'"{blob.sha256}"',
                 "X-Linked-Size": str(blob.size),
-                "Location": f"{self.hub.url}/storage/{repo}/{blob.sha256}",
+                "Location": f"{self.hub.storage}/{repo}/{blob.sha256}",
             }
             self.reply(302, data=b"", headers=headers)
             return

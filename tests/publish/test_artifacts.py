@@ -19,6 +19,7 @@ from compressor.publish.artifacts import Artifact, read_artifacts
 from compressor.publish.card import metadata, render, restrictions
 from compressor.publish.complete import complete_artifacts
 from compressor.record import write_manifest
+from compressor.report import figures
 from compressor.report.write import read_report
 from compressor.verify import verify
 from tests.edits import named
@@ -86,7 +87,7 @@ def test_card_says_what_was_measured(made: Path) -> None:
     (row,) = variant["quality"]
     by_type = {one.metric_type: one.metric_value for one in card.data.eval_results}
     assert by_type == {key: row[key] for key in ("perplexity", "kl_mean", "top1_agreement")}
-    assert f"{row['perplexity_change']:+.2%}"[:4] in text
+    assert figures.percent(row["perplexity_change"], signed=True) in text
     for words in ("vllm serve MODEL", "sha256sum -c", "non-commercial", "gptq:", "is gated"):
         assert words in text, words
     baseline = (made / "artifacts/baseline/gguf/README.md").read_text()

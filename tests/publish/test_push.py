@@ -294,7 +294,8 @@ def test_the_token_may_come_from_the_login_store(run: Path, hub: Hub) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
-    assert any(one.get("Authorization") == f"Bearer {TOKEN}" for one in hub.headers)
+    sent = [{key.lower(): value for key, value in one.items()} for one in hub.headers]
+    assert any(one.get("authorization") == f"Bearer {TOKEN}" for one in sent)
 
 
 @pytest.mark.parametrize(
@@ -315,8 +316,7 @@ def test_a_token_that_does_not_do(run: Path, hub: Hub, token: str, repo: str, wo
 
 
 def test_a_name_that_is_taken(run: Path, hub: Hub) -> None:
-    api = HfApi(endpoint=hub.url, token=TOKEN)
-    api.create_repo("acme/t", private=True)
+    hub.make("acme/t", private=True)
     blob = hub.repos["acme/t"].branches["main"][".gitattributes"]
     hub.repos["acme/t"].commit("main", {".gitattributes": blob, "novel.txt": blob}, "a novel")
     arguments = ("--repo", "acme/t", "--only", "int4", "--format", "gguf")

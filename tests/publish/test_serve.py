@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -171,5 +169,5 @@ def test_llama_cpp_answers(made: Path) -> None:
         with urllib.request.urlopen(request, timeout=30) as got:
             assert json.load(got)["tokens_predicted"] > 0
     finally:
-        os.kill(process.pid, signal.SIGTERM)
+        process.terminate()
         process.wait(30)
