@@ -70,7 +70,7 @@ def serving(
     elif fmt in _WHOLE:
         guess: tuple[str, ...] = ()
         if lookup is not None and tokens is not None:
-            guess = ("--speculative-config", speculative_config("ngram", tokens, **lookup))
+            guess = ("--speculative-config", speculative_config("ngram", tokens, None, **lookup))
         found = [
             Command("vllm", ("vllm", "serve", MODEL, *address, *guess)),
             Command(

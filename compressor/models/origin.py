@@ -179,9 +179,10 @@ def _from_package(resolved: ResolvedSource) -> dict[str, Any]:
     name = resolved.source.removeprefix(PACKAGE_PREFIX).partition("/")[0]
     for distribution in metadata.packages_distributions().get(name, []):
         facts = metadata.metadata(distribution)
-        stated = str(facts.get("License-Expression") or facts.get("License") or "").strip().lower()
-        if found := _PACKAGE_IDS.get(stated):
-            return {"licence": found, "found_in": "package metadata"}
+        for key in ("License-Expression", "License"):
+            for stated in facts.get_all(key) or []:
+                if found := _PACKAGE_IDS.get(stated.strip().lower()):
+                    return {"licence": found, "found_in": "package metadata"}
     return {}
 
 

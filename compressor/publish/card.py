@@ -262,7 +262,7 @@ def caveats(artifact: Artifact) -> list[str]:
     skipped = (facts["coverage"] or {}).get("skipped") or []
     if skipped and not artifact.speculates:
         names = coverage.named([row["name"] for row in skipped])
-        found.append(f"{len(skipped)} layers were left in full precision: {names}.")
+        found.append(f"Linears left in full precision: {names}.")
     if not facts["quality"]:
         found.append("Its quality was not measured.")
     if facts["performance"]:
@@ -290,9 +290,9 @@ def _licence(artifact: Artifact) -> str:
         return f"No licence of the base model was found in its source; none is claimed here.{more}"
     own = f" ({origin['licence_name']})" if origin.get("licence_name") else ""
     files = origin.get("files") or []
-    texts = f"; the base model's {', '.join(files)} lies beside this file" if files else ""
-    if not files:
-        texts = "; no licence file came with the base model"
+    texts = "; no licence file came with the base model"
+    if files:
+        texts = f"; beside this file, from the base model: {', '.join(files)}"
     return escape(f"That of the base model: {name}{own}, by its {origin['found_in']}{texts}.")
 
 

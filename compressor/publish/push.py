@@ -196,10 +196,10 @@ def _uploads(
     report = _report_files(run_dir)
     pairs = list(zip(artifacts, labels, strict=True))
     if layout == "folders":
-        files = [file for one, label in pairs for file in _artifact_files(one, f"{label}/")]
-        files += [*report, _index(pairs, layout)]
+        found = [file for one, label in pairs for file in _artifact_files(one, f"{label}/")]
+        found += [*report, _index(pairs, layout)]
         roots = tuple(f"{label}/" for label in labels)
-        return [Upload(repo, MAIN, ", ".join(labels), _sorted(files), roots)]
+        return [Upload(repo, MAIN, ", ".join(labels), _sorted(found), roots)]
     if layout == "branches":
         if MAIN in labels:
             raise RecipeError(

