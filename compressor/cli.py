@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from compressor import __version__
-from compressor.errors import CompressorError, RecipeError
+from compressor.errors import CompressorError, RecipeError, RunError
+from compressor.publish.options import Layout
 
 if TYPE_CHECKING:
     from compressor.plan import Plan
@@ -131,10 +133,165 @@ def run(
     lines = gate_lines(result.report)
     for line in lines if quiet else ():  # else the closing table has them
         _complain(line)
+    refused = _publish(plan, result.run_dir, quiet) if plan.recipe.publish else False
     if result.failed_variants:
         raise typer.Exit(1)
     if lines:
         raise typer.Exit(GATE_FAILED)
+    if refused:
+        raise typer.Exit(1)
+
+
+def _publish(plan: Plan, run_dir: Path, quiet: bool) -> bool:
+    """Push what the recipe's `publish:` asks for and may be; whether something was refused."""
+    from compressor.progress import make_progress
+    from compressor.publish.hub import push
+    from compressor.publish.push import plan_push
+
+    wanted = plan.recipe.publish
+    assert wanted is not None
+    asked = wanted.variants or plan.recipe.variants
+    chosen = [name for name in asked if (run_dir / "artifacts" / name).is_dir()]
+    if not chosen:  # each of them failed, or was left out
+        return True
+    ahead = plan_push(
+        run_dir, wanted.repo, layout=wanted.layout, private=wanted.private, variants=chosen
+    )
+    _told(ahead.warnings, ahead.refused)
+    for address in push(ahead, make_progress(quiet)) if ahead.uploads else ():
+        typer.echo(f"pushed: {address}")
+    return bool(ahead.refused)
+
+
+def _told(warnings: Iterable[str], refused: Mapping[str, Sequence[str]]) -> None:
+    for line in warnings:
+        _complain(f"warning: {line}", "yellow")
+    for label, why in refused.items():
+        _complain(f"{label} is not pushed: {'; '.join(why)}")
+
+
+@app.command()
+def push(
+    run_dir: Annotated[Path, typer.Argument(help="A run's directory.", show_default=False)],
+    repo: Annotated[
+        str | None,
+        typer.Option(
+            "--repo",
+            help="org/name; {variant} and {format} may stand in it. Default: of the recipe.",
+            show_default=False,
+        ),
+    ] = None,
+    layout: Annotated[
+        Layout | None,
+        typer.Option(
+            "--layout",
+            help="A repository, a folder or a branch for each artifact. Default: of the recipe, "
+            "else repos.",
+            show_default=False,
+        ),
+    ] = None,
+    public: Annotated[
+        bool | None,
+        typer.Option("--public/--private", help="New repositories are private by default."),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Only this variant; repeatable.")
+    ] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="Only this format; repeatable.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List every file and its size; send nothing.")
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Push what is unverified or failed its gate, and into repositories with other "
+            "files.",
+        ),
+    ] = False,
+) -> None:
+    """Upload a run's artifacts to the Hugging Face Hub, each with its card and the report.
+
+    The token is taken from HF_TOKEN or from `hf auth login`. An upload that broke off goes on when
+    the same command is run again.
+    """
+    from compressor.progress import make_progress
+    from compressor.publish import hub
+    from compressor.publish.push import plan_push
+    from compressor.record import read_lock
+
+    asked = read_lock(run_dir).get("publish") or {}
+    repo = repo or asked.get("repo")
+    if repo is None:
+        raise RecipeError("say where to", where="--repo", fix="for example --repo org/name")
+    ahead = plan_push(
+        run_dir,
+        repo,
+        layout=layout or asked.get("layout", "repos"),
+        private=asked.get("private", True) if public is None else not public,
+        variants=only or asked.get("variants"),
+        formats=formats,
+        force=force,
+    )
+    _told(ahead.warnings, ahead.refused)
+    if dry_run:
+        for line in hub.describe(ahead.uploads):
+            typer.echo(line)
+    if ahead.refused:
+        raise RunError(
+            "nothing was sent" if not dry_run else "these would stop the push",
+            where=str(run_dir),
+            fix="choose the others with --only and --format, or push all the same with --force",
+        )
+    if not dry_run:
+        for address in hub.push(ahead, make_progress(), force=force):
+            typer.echo(f"pushed: {address}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(help="An artifact.", show_default=False)],
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine",
+            help="vllm, sglang, tgi, transformers or llama.cpp. Default: the first that loads the "
+            "format and is installed.",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; the default is this machine only.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option("--port", min=1, max=65535, help="Default: the engine's own.")
+    ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option("--target", help="Of a speculator: the model that it drafts for."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the command.")] = False,
+) -> None:
+    """Serve an artifact with the command that stands in its serving.json; what follows `--` is
+    given to the engine."""
+    from compressor.serve import run as start
+    from compressor.serve import serve_command, shown
+
+    command = serve_command(
+        directory,
+        engine,
+        host=host,
+        port=port,
+        target=target,
+        extra=context.args,
+        installed=not dry_run,
+    )
+    typer.echo(shown(command))
+    if not dry_run:
+        start(command)
 
 
 @app.command()
@@ -289,7 +446,8 @@ def report(
     run_dir: Annotated[Path, typer.Argument(help="A run's directory.")],
 ) -> None:
     """Write a run's report, and its verdict, again from the figures in its report.json."""
-    from compressor.record import MANIFEST, write_manifest
+    from compressor.publish.complete import complete_artifacts
+    from compressor.record import EXPORTS, MANIFEST, write_manifest
     from compressor.report.terminal import closing
     from compressor.report.verdict import make_verdict
     from compressor.report.write import read_report, write_report
@@ -302,6 +460,8 @@ def report(
     content = read_report(path)
     content["verdict"] = make_verdict(content, content["verdict"]["quality_limit"])
     write_report(content, run_dir / "report")
+    if (run_dir / EXPORTS).is_dir():  # else it is a run of an earlier version
+        complete_artifacts(run_dir, content)
     if (run_dir / MANIFEST).exists():
         write_manifest(run_dir)
     Console().print(closing(content))

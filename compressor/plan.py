@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.errors import RunError
 from compressor.quantize import registry
-from compressor.store import Store, content_key
+from compressor.store import Store, content_key, file_sha256
 
 if TYPE_CHECKING:
     from compressor.models.source import ResolvedSource
@@ -35,6 +35,7 @@ _PACKAGE = Path(__file__).parent
 # The rooms (or single files) whose source decides what a stage of each kind produces.
 _ROOMS: dict[str, tuple[str, ...]] = {
     "load": ("models",),
+    "origin": ("models",),
     "calibrate": ("data",),
     "texts": ("data",),
     "rotate": ("models", "quantize"),
@@ -239,6 +240,14 @@ class _Builder:
             {"source": _fingerprint(resolved, self.store), "dtype": recipe.model.dtype},
             [],
             speed.load(resolved.kind),
+            local={"resolved": resolved},
+        )
+        self.add(
+            "origin",
+            "origin",
+            {"source": _fingerprint(resolved, self.store), "texts": _licence_texts(resolved)},
+            [],
+            Estimate(1, 200_000_000, 100_000),
             local={"resolved": resolved},
         )
         calibration, walk = None, {}
@@ -1083,6 +1092,16 @@ def _task_files(path: Path) -> tuple[Path, list[Path]]:
     found = root.rglob("*") if path.is_dir() else root.glob("*")
     kinds = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".gz")
     return root, sorted(file for file in found if file.suffix in kinds and file.is_file())
+
+
+def _licence_texts(resolved: ResolvedSource) -> dict[str, str]:
+    """SHA-256 of the model card and of the licence files, which decide nothing else."""
+    from compressor.models.origin import licence_files
+
+    found = licence_files(resolved)
+    if resolved.path.is_dir() and (card := resolved.path / "README.md").is_file():
+        found.append(card)
+    return {path.name: file_sha256(path) for path in found}
 
 
 def _local_file(source: str, base_dir: Path, store: Store) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from compressor.errors import RecipeError
 from compressor.evaluate.options import NEED_TASKS, TOLERANCE, Drift, Gate, Positions, Share
 from compressor.evaluate.task_options import TaskChoice
 from compressor.numerics.scheme import Scheme
+from compressor.publish.options import Publish
 from compressor.quantize import registry
 from compressor.speculate.options import (
     OPTIONS,
@@ -836,6 +837,9 @@ class Recipe(_Section):
         json_schema_extra={"default": ["compressed-tensors"]},
     )
     gguf: GGUF | None = Field(None, description="Options of the format gguf.")
+    publish: Publish | None = Field(
+        None, description="Upload to the Hugging Face Hub at the end; nothing is when absent."
+    )
     output: str = Field("runs", description="Directory of runs, relative to the recipe.")
     store: str = Field(
         ".compressor", description="Directory of finished stages, relative to the recipe."
@@ -874,6 +878,17 @@ class Recipe(_Section):
         self._check_engine()
         self._check_tasks()
         self._check_waterfall()
+        for name in (self.publish and self.publish.variants) or ():
+            if name not in self.variants:
+                raise PydanticCustomError(
+                    "publish",
+                    "no variant {name} in this recipe; choose from {known}",
+                    {
+                        "name": repr(name),
+                        "known": ", ".join(self.variants),
+                        "loc": ("publish", "variants"),
+                    },
+                )
         if self.gguf is not None and "gguf" not in self.export:
             raise PydanticCustomError(
                 "gguf_options",

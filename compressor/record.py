@@ -10,13 +10,15 @@ make every figure again on another machine, without the store::
     stages.json         every stage: settings, keys, result, SHA-256 of every file it made
     ledger.json  prompts.jsonl.gz  samples/    the measurement
     calibration/tokens.npy  texts/<text>.npy   token ids
+    licence/                                   licences and notices of the source model
+    exports/<variant>/<format>.json            what the exporter says of an artifact
     layers/<variant>.jsonl                     what quantization did to each linear
     scores/<variant>/<text>.safetensors        the evaluation, token by token
     texts/prompts.json  drift/<variant>.jsonl  prompts, and their greedy continuations
     tasks/<variant>/<task>.jsonl               the tasks, document by document
     served/<variant>/<task>.jsonl              the same, asked of the served artifact
     gate.json           which variants kept the recipe's limits (where it sets any)
-    artifacts/<variant>/<format>/
+    artifacts/<variant>/<format>/              completed by `compressor.publish.complete`
     report/
     MANIFEST.sha256     the hash of every file above (sha256sum -c reads it)
 """
@@ -34,9 +36,10 @@ import yaml
 
 from compressor.errors import RunError
 from compressor.evaluate.options import TOLERANCE
+from compressor.export.artifact import PROVENANCE, SUMS
 from compressor.store import StoredStage, content_key, file_sha256, write_atomic
 
-MANIFEST = "MANIFEST.sha256"
+MANIFEST, EXPORTS = "MANIFEST.sha256", "exports"
 LOCK, RUN, ENVIRONMENT, PLAN = "recipe.lock.yaml", "run.json", "environment.json", "plan.json"
 STAGES, LEDGER = "stages.json", "ledger.json"
 RECORD = (LOCK, RUN, ENVIRONMENT, PLAN, STAGES, LEDGER)
@@ -91,13 +94,24 @@ def export_directory(stage: Mapping[str, Any]) -> PurePosixPath:
     return PurePosixPath("artifacts") / stage["variant"] / stage["result"]["format"]
 
 
+def export_record(stage: Mapping[str, Any]) -> PurePosixPath:
+    """Where what the exporter wrote of the artifact lies in the run directory."""
+    return PurePosixPath(EXPORTS) / stage["variant"] / f"{stage['result']['format']}.json"
+
+
 def kept_files(stage: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], PurePosixPath]]:
     """(entry of the stage's ``files``, its place in the run directory) of those that are kept."""
     kind, variant = stage["kind"], stage["variant"]
     for entry in stage["files"]:
         path = PurePosixPath(entry["path"])
-        if kind == "export":
+        if kind == "export" and path.name == SUMS:
+            continue  # made anew over the completed directory
+        if kind == "export" and path.name == PROVENANCE:
+            yield entry, export_record(stage)
+        elif kind == "export":
             yield entry, export_directory(stage) / path.relative_to("artifact")
+        elif kind == "origin":
+            yield entry, PurePosixPath("licence") / path
         elif kind == "measure":
             yield entry, path
         elif kind == "calibrate" and path.suffix == ".npy":
@@ -145,14 +159,14 @@ def lay_out(
     write_atomic(run_dir / STAGES, _json(records))
     for record, directory in stages:
         for entry, place in kept_files(record):
-            _place(directory / entry["path"], run_dir / place)
+            place_file(directory / entry["path"], run_dir / place)
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
 
 
-def _place(source: Path, target: Path) -> None:
+def place_file(source: Path, target: Path) -> None:
     """Link a stored file into the run (copy where links are impossible), replacing what is there.
 
     Links are safe since stored files are read-only and engines only read artifacts.
@@ -222,7 +236,8 @@ def run_report(
         model={
             key: load[key]
             for key in ("source", "revision", "architecture", "parameters", "size_bytes")
-        },
+        }
+        | {"license": results.get("origin", {}).get("licence")},
         calibration=results.get("calibrate"),
         variants=judged_variants(
             run_dir,
@@ -285,7 +300,7 @@ def _variant(
         "artifacts": [],
     }
     if quantized:
-        entry |= _quantized(quantized, _layers(run_dir / "layers" / f"{name}.jsonl"))
+        entry |= _quantized(quantized, read_layers(run_dir, name))
     for stage in own.values():
         if stage["kind"] == "export":
             entry["artifacts"].append(_artifact(stage))
@@ -324,8 +339,9 @@ def _speculation(own: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, A
     }
 
 
-def _layers(path: Path) -> list[dict[str, Any]]:
+def read_layers(run_dir: Path, variant: str) -> list[dict[str, Any]]:
     """The per-linear records of a quantized variant, in model order; none without the file."""
+    path = run_dir / "layers" / f"{variant}.jsonl"
     if not path.exists():
         return []
     try:
@@ -374,6 +390,7 @@ def _artifact(stage: Mapping[str, Any]) -> dict[str, Any]:
     files = [
         {**entry, "path": place.relative_to(directory).as_posix()}
         for entry, place in kept_files(stage)
+        if place.is_relative_to(directory)
     ]
     return {
         "format": stage["result"]["format"],

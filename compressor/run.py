@@ -140,6 +140,7 @@ def _make(
 
 def _finish(plan: Plan, outcome: _Outcome, run_dir: Path) -> RunResult:
     from compressor.doctor import environment
+    from compressor.publish.complete import complete_artifacts
     from compressor.quality import write_gate
     from compressor.record import lay_out, run_report, stage_record, write_manifest
     from compressor.report.write import write_report
@@ -172,6 +173,7 @@ def _finish(plan: Plan, outcome: _Outcome, run_dir: Path) -> RunResult:
         ],
     )
     report = run_report(run_dir)
+    complete_artifacts(run_dir, report)
     write_report(report, run_dir / "report")
     write_gate(run_dir, report)
     write_atomic(run_dir / ".complete", content_key(report["stages"]))

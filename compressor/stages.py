@@ -123,6 +123,16 @@ def _lost(resolved: ResolvedSource, path: Path) -> list[str]:
     return sorted(set(Checkpoint(resolved.path).names) - set(Checkpoint(path).names))
 
 
+def origin(context: Context) -> dict[str, Any]:
+    """Keep the source's licence files, and what it says of its name and licence."""
+    from compressor.models.origin import licence_files, read_origin
+
+    resolved = context.stage.local["resolved"]
+    for path in licence_files(resolved):
+        shutil.copyfile(path, context.directory / path.name)
+    return read_origin(resolved).to_dict()
+
+
 def calibrate(context: Context) -> dict[str, Any]:
     """Tokenise and pack the calibration text."""
     import numpy as np
@@ -658,6 +668,7 @@ def _loader(directory: Path, fmt: str) -> Callable[[Any], nn.Module]:
 
 FUNCTIONS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "load": load,
+    "origin": origin,
     "calibrate": calibrate,
     "texts": texts,
     "rotate": rotate,

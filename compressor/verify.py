@@ -406,11 +406,12 @@ def _check_artifacts(run: _Run, check: Check) -> None:
         listed = _sums(run.path / sums)
         _compare_files(run, check, listed, [n for n in inside if n != SUMS], sums, directory)
         index = run.stages.index(stage)
-        size = sum((run.path / directory / name).stat().st_size for name in inside)
+        size = sum(_size(run.path, stage))
         check.expect(
             record.STAGES, f"[{index}].result.size_bytes", stage["result"]["size_bytes"], size
         )
-        made = run.json(f"{directory}/compression.json")
+        exported = record.export_record(stage).as_posix()
+        made = run.json(exported)
         expected = {
             "variant": stage["config"]["variant"],  # another one's, where they share it
             "format": stage["result"]["format"],
@@ -419,10 +420,41 @@ def _check_artifacts(run: _Run, check: Check) -> None:
         own = {key: made.get(key) for key in expected} | {
             "stages": sorted(made.get("stages", {}).values())
         }
-        check.expect(f"{directory}/compression.json", "", own, expected)
+        check.expect(exported, "", own, expected)
     for name in run.files:
         if name.startswith("artifacts/") and not name.startswith(tuple(directories)):
             check.fail(name, problem="no stage of this run made it")
+
+
+def _size(run_dir: Path, stage: Mapping[str, Any]) -> Iterator[int]:
+    """Sizes of the files that an exporter wrote, of those that the run keeps as they are there."""
+    kept = {entry["path"]: place for entry, place in record.kept_files(stage)}
+    for entry in stage["files"]:
+        place = kept.get(entry["path"])
+        if place is None:
+            yield entry["size_bytes"]
+        elif (run_dir / place).is_file():  # a missing one is named by its hash
+            yield (run_dir / place).stat().st_size
+
+
+def _check_cards(run: _Run, check: Check) -> None:
+    """Model cards, ``compression.json`` and ``serving.json`` of the artifacts, made again."""
+    from compressor.publish.artifacts import read_artifacts
+    from compressor.publish.complete import made_files
+
+    with tempfile.TemporaryDirectory() as directory:
+        for artifact in read_artifacts(run.path, run.report):
+            for name, text in made_files(artifact).items():
+                check.count += 1
+                place = artifact.directory / name
+                made = Path(directory) / name
+                made.write_text(text, encoding="utf-8")
+                where = place.relative_to(run.path).as_posix()
+                if not place.is_file():
+                    check.fail(where, problem="is missing")
+                elif place.read_bytes() != made.read_bytes():
+                    line, old, new = _first_difference(place, made)
+                    check.fail(where, line, recorded=old, found=new)
 
 
 def _check_tokens(run: _Run, check: Check) -> None:
@@ -778,6 +810,7 @@ _CHECKS: tuple[tuple[tuple[str, str], Callable[[_Run, Check], None]], ...] = (
     (("performance figures recomputed", "figures"), _check_performance),
     (("report rebuilt", "values"), _check_report),
     (("report drawn again", "files"), _check_rendered),
+    (("model cards made again", "files"), _check_cards),
 )
 
 

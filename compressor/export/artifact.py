@@ -10,7 +10,7 @@ from typing import Any
 from compressor.store import file_sha256s
 
 MAX_SHARD_BYTES = 5_000_000_000
-SUMS = "SHA256SUMS"
+SUMS, PROVENANCE = "SHA256SUMS", "compression.json"
 _COPIED = (
     "generation_config.json",
     "tokenizer*",
@@ -21,7 +21,10 @@ _COPIED = (
     "*.model",
     "chat_template*",
     "LICENSE*",
+    "LICENCE*",
     "NOTICE*",
+    "COPYING*",
+    "USE_POLICY*",
 )
 
 
@@ -33,7 +36,7 @@ def complete(model_dir: Path, provenance: dict[str, Any], directory: Path) -> No
         provenance: written as ``compression.json``; must hold no times.
         directory: holds weights and config already.
     """
-    write_json(directory / "compression.json", provenance)
+    write_json(directory / PROVENANCE, provenance)
     for pattern in _COPIED:
         for path in sorted(model_dir.glob(pattern)):
             shutil.copyfile(path, directory / path.name)

