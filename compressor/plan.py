@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import RunError
+from compressor.export.options import GPTQ, NOT_MEASURED
 from compressor.quantize import registry
 from compressor.store import Store, content_key
 
 if TYPE_CHECKING:
+    from compressor.export.options import Import
     from compressor.models.source import ResolvedSource
     from compressor.recipe import Recipe, Variant
 
@@ -40,7 +42,10 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "rotate": ("models", "quantize"),
     "sensitivity": ("numerics", "models", "quantize"),
     "quantize": ("numerics", "models", "quantize"),
+    "import": ("numerics", "models", "export", "imports"),
+    "imatrix": ("numerics", "models", "quantize"),
     "export": ("numerics", "models", "export"),
+    "verify": ("numerics", "models", "export", "imports"),
     "corpus": ("numerics", "models", "data", "speculate"),
     "features": ("numerics", "models", "speculate"),
     "speculate": ("numerics", "models", "speculate"),
@@ -265,11 +270,18 @@ class _Builder:
                 continue
             alone = variant.model_dump(mode="json", exclude={"base", "serve", "speculate"})
             same = json.dumps(alone, sort_keys=True)
-            owner = BASELINE if not variant.quantize else first.setdefault(same, name)
+            changed = variant.quantize or variant.imported
+            owner = BASELINE if not changed else first.setdefault(same, name)
             shared[name] = owner
             if owner == BASELINE:
                 for listed in recipe.export:
                     exports.append(self._export(name, listed, [model], owner=BASELINE))
+                continue
+            if variant.imported is not None:
+                sources[name] = [model]
+                quantized[name] = self._import(name, variant.imported, model)
+                for fmt in recipe.export:
+                    exports.append(self._export(name, fmt, [model, quantized[owner]], owner=owner))
                 continue
             steps = [step.dump() for step in variant.quantize]
             precision = variant.precision
@@ -338,7 +350,12 @@ class _Builder:
                 speculators += self._speculate(name, sources.get(name, [model]), own)
         if recipe.measure is not None:
             gguf = recipe.measure.engine == "llama.cpp"
-            exports = [s for s in exports if (self.stages[s].config["format"] == "gguf") == gguf]
+            exports = [
+                name
+                for name in exports
+                if (fmt := self.stages[name].config["format"]) not in NOT_MEASURED
+                and (fmt == "gguf") == gguf
+            ]
             self.add(
                 "measure",
                 "measure",
@@ -350,6 +367,32 @@ class _Builder:
                 speed.measure(recipe.measure.workload, len(exports)),
                 local={"base_dir": recipe.base_dir},
             )
+
+    def _import(self, name: str, imported: Import, model: str) -> str:
+        """Read what another tool made of the model."""
+        from compressor.models.source import resolve_source
+
+        resolved = resolve_source(
+            imported.source,
+            revision=imported.revision,
+            base_dir=self.recipe.base_dir,
+            quantized=True,
+        )
+        p = self.facts.parameters
+        dense = resolved.kind == "gguf"
+        memory = self.speed.BASE_MEMORY + (6 * p if dense else 16 * self.speed.block_parameters)
+        return self.add(
+            f"import:{name}",
+            "import",
+            {
+                "steps": [{"import": {"source": imported.source}}],
+                "files": _fingerprint(resolved, self.store),
+            },
+            [model],
+            Estimate(10 + p / 2e7, memory, 4 * p if dense else int(1.1 * p)),
+            variant=name,
+            local={"resolved": resolved},
+        )
 
     def _rotate(self, model: str, options: dict[str, Any]) -> str:
         """The rotated checkpoint; shared by the variants that ask for the same rotation."""
@@ -507,6 +550,9 @@ class _Builder:
         options = self.recipe.gguf
         if fmt == "gguf" and owner != BASELINE and options and options.embeddings != "stored":
             config["embeddings"] = options.embeddings
+        own = getattr(self.recipe, fmt, None) if fmt in ("gptq", "safetensors") else None
+        if fmt == "gptq" or own is not None:
+            config["options"] = (own or GPTQ()).model_dump(mode="json")
         return self.add(
             f"export:{variant}:{fmt}",
             "export",

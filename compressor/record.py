@@ -99,7 +99,7 @@ def kept_files(stage: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Pu
             yield entry, PurePosixPath("calibration") / path
         elif kind == "texts" and path.suffix == ".npy":
             yield entry, PurePosixPath("texts") / path
-        elif kind == "quantize" and path.name == "layers.jsonl":
+        elif kind in ("quantize", "import") and path.name == "layers.jsonl":
             yield entry, PurePosixPath("layers") / f"{variant}.jsonl"
         elif kind == "accept" and path.suffix == ".jsonl":
             yield entry, PurePosixPath("acceptance") / f"{variant}.jsonl"
@@ -243,7 +243,8 @@ def _variant(
     """One variant's entry of the report; its size is that of the artifact that was measured, or of
     the first where none was."""
     own = {stage["name"]: stage for stage in stages if stage["variant"] == name}
-    quantized, scored = own.get(f"quantize:{name}"), own.get(f"evaluate:{name}")
+    quantized = own.get(f"quantize:{name}") or own.get(f"import:{name}")
+    scored = own.get(f"evaluate:{name}")
     rows = scored["result"]["quality"] if scored else []
     if quality is not None:
         rows = [dict(row) for row in quality.get(name, [])]

@@ -58,6 +58,11 @@ class Context:
         return found
 
     @property
+    def quantized(self) -> StoredStage | None:
+        """What holds the variant's codes: its own quantization, or another tool's, imported."""
+        return self.find("quantize") or self.find("import")
+
+    @property
     def baseline_dir(self) -> Path:
         """Checkpoint of the model that all is compared with."""
         return model_dir(self.need("load"))
@@ -282,16 +287,22 @@ def _quantize_by_library(context: Context, cls: Any, options: dict[str, Any]) ->
         )
 
 
+def import_model(context: Context) -> dict[str, Any]:
+    """Read what another tool made of the model."""
+    from compressor.imports.codes import import_model as read
+    from compressor.models.architecture import CausalLM
+
+    model = CausalLM.open(context.baseline_dir)
+    title = f"import {context.stage.variant}"
+    with context.progress.task(title, len(model.blocks)) as task:
+        return read(
+            model, context.stage.local["resolved"], context.directory, counting(task)
+        )
+
+
 def export(context: Context) -> dict[str, Any]:
     """Write one variant in one format, with the hash of every file."""
-    from compressor.export import bitsandbytes, gguf
-    from compressor.export import compressed_tensors as formats
-    from compressor.numerics.scheme import KV_CACHE
-    from compressor.quantize.bitsandbytes import iterate_tensors
-    from compressor.quantize.codes import iterate_quantized, kv_scales, replaced_tensors
-
-    load, quantized = context.need("load"), context.find("quantize")
-    notes: list[str] = []
+    load, quantized = context.need("load"), context.quantized
     # Keys of the inputs identify every setting that made this artifact; times stay out of it.
     provenance = {
         "tool": "compressor",
@@ -308,52 +319,78 @@ def export(context: Context) -> dict[str, Any]:
         size = sum(p.stat().st_size for p in target.iterdir())
         return {"format": context.config["format"], "size_bytes": size, "tensors": None}
     with context.progress.task(f"export {context.stage.variant}", None):
-        if context.config["format"] == gguf.NAME:
+        if quantized is not None or context.config["format"] == "gguf":
             for stored in context.inputs.values():
                 stored.verify()
-            found = gguf.export(
-                context.model_dir,
-                iterate_quantized(quantized.path) if quantized else (),
-                provenance,
-                target,
-                replaced=replaced_tensors(quantized.path) if quantized else None,
-                head=quantized.result.get("head") if quantized else None,
-                title=f"{Path(load.result['source']).stem} {context.config['variant']}",
-                embeddings=context.config.get("embeddings", gguf.STORED),
-            )
-            notes = found.notes
-        elif quantized is None:
-            formats.export_dense(context.model_dir, provenance, target)
-        elif context.config["format"] == bitsandbytes.NAME:
-            for stored in context.inputs.values():
-                stored.verify()
-            bitsandbytes.export(
-                context.model_dir,
-                iterate_tensors(quantized.path),
-                quantized.result["settings"],
-                provenance,
-                target,
-            )
-        else:
-            for stored in context.inputs.values():
-                stored.verify()
-            ignore = [entry["name"] for entry in quantized.result["coverage"]["skipped"]]
-            kv_cache = quantized.result.get("kv_cache")
-            formats.export(
-                context.model_dir,
-                iterate_quantized(quantized.path),
-                ignore,
-                provenance,
-                target,
-                replaced=replaced_tensors(quantized.path),
-                kv_cache=KV_CACHE[kv_cache] if kv_cache else None,
-                kv_scales=kv_scales(quantized.path),
-                head=quantized.result.get("head"),
-            )
+        notes = _write_artifact(context, quantized, provenance, target)
     size = sum(p.stat().st_size for p in target.iterdir())
     tensors = _tensor_ledger(context, target)
     result = {"format": context.config["format"], "size_bytes": size, "tensors": tensors}
     return result | ({"notes": notes} if notes else {})
+
+
+def _write_artifact(
+    context: Context, quantized: StoredStage | None, provenance: dict[str, Any], target: Path
+) -> list[str]:
+    """Write the weights in their format; returns what is not carried over."""
+    from compressor.export import awq, bitsandbytes, dense, gguf, gptq
+    from compressor.export import compressed_tensors as formats
+    from compressor.numerics.scheme import KV_CACHE
+    from compressor.quantize.bitsandbytes import iterate_tensors
+    from compressor.quantize.codes import iterate_quantized, kv_scales, replaced_tensors
+
+    source, fmt, result = context.model_dir, context.config["format"], {}
+    if quantized is not None:
+        result = quantized.result
+        if result.get("dense"):  # imported from a file whose grids are none of ours
+            source, quantized = quantized.path / "checkpoint", None
+    if fmt == bitsandbytes.NAME and quantized is not None:
+        tensors = iterate_tensors(quantized.path)
+        bitsandbytes.export(source, tensors, result["settings"], provenance, target)
+        return []
+    codes = iterate_quantized(quantized.path) if quantized else iter(())
+    changed: dict[str, Any] = {
+        "replaced": replaced_tensors(quantized.path) if quantized else None,
+    }
+    ignore = [entry["name"] for entry in result["coverage"]["skipped"]] if quantized else []
+    if quantized is not None and fmt != awq.NAME:
+        changed["head"] = result.get("head")
+    if fmt == gguf.NAME:
+        found = gguf.export(
+            source,
+            codes,
+            provenance,
+            target,
+            title=f"{Path(provenance['source']).stem} {context.config['variant']}",
+            embeddings=context.config.get("embeddings", gguf.STORED),
+            **changed,
+        )
+        return found.notes
+    if quantized is None:
+        formats.export_dense(source, provenance, target)
+        return []
+    if fmt == dense.NAME:
+        options = context.config.get("options", {})
+        return dense.export(source, codes, provenance, target, **changed, **options)
+    if fmt == gptq.NAME:
+        gptq.export(
+            source, codes, ignore, provenance, target, **changed, **context.config["options"]
+        )
+    elif fmt == awq.NAME:
+        awq.export(source, codes, ignore, provenance, target, **changed)
+    else:
+        kv_cache = result.get("kv_cache")
+        formats.export(
+            source,
+            codes,
+            ignore,
+            provenance,
+            target,
+            kv_cache=KV_CACHE[kv_cache] if kv_cache else None,
+            kv_scales=kv_scales(quantized.path),
+            **changed,
+        )
+    return []
 
 
 def _tensor_ledger(context: Context, artifact: Path) -> dict[str, Any]:
@@ -365,7 +402,7 @@ def _tensor_ledger(context: Context, artifact: Path) -> dict[str, Any]:
     from compressor.models.checkpoint import Checkpoint
     from compressor.quantize.codes import read_layers
 
-    load, quantized = context.need("load"), context.find("quantize")
+    load, quantized = context.need("load"), context.quantized
     layers = read_layers(quantized.path) if quantized else []
     schemes = {layer["name"]: layer["scheme"]["name"] for layer in layers if "scheme" in layer}
     unread, lost = load.result["unread"], load.result["lost"]
@@ -395,7 +432,7 @@ def evaluate(context: Context) -> dict[str, Any]:
     from compressor.models.head import split
 
     texts, baseline = context.need("texts"), context.find("evaluate")
-    quantized = context.find("quantize")
+    quantized = context.quantized
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plain = CausalLM.open(context.baseline_dir).load_full(torch.float32, device)
     model = quantized_model(context.model_dir, quantized, device) if quantized else plain
@@ -523,6 +560,7 @@ FUNCTIONS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "rotate": rotate,
     "sensitivity": sensitivity,
     "quantize": quantize,
+    "import": import_model,
     "corpus": speculate_stages.corpus,
     "features": speculate_stages.features,
     "speculate": speculate_stages.speculate,
@@ -597,6 +635,8 @@ def quantized_model(directory: Path, quantized: StoredStage, device: str) -> nn.
     from compressor.quantize.bitsandbytes import iterate_tensors
     from compressor.quantize.codes import kv_scales, replace_linears, replaced_tensors
 
+    if quantized.result.get("dense"):
+        return CausalLM.open(quantized.path / "checkpoint").load_full(torch.float32, device)
     model = CausalLM.open(directory)
     if quantized.result.get("format") == "bitsandbytes":
         refs = {ref.name: ref for i in range(len(model.blocks)) for ref in model.linears(i)}
