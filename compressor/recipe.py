@@ -47,7 +47,7 @@ MAX_NAME = 64
 Name = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=MAX_NAME)
 ]
-Format = Literal["compressed-tensors", "gptq", "awq", "gguf", "safetensors", "onnx"]
+Format = Literal["compressed-tensors", "gptq", "awq", "gguf", "safetensors"]
 
 _TAG = "tag:yaml.org,2002:"
 _SCALAR_TAGS = {_TAG + kind for kind in ("str", "int", "float", "bool", "null")}
@@ -758,8 +758,8 @@ class Recipe(_Section):
         min_length=1,
         description="Formats that artifacts are written in: compressed-tensors (vLLM, SGLang, TGI, "
         "transformers), gptq and awq (the same, and GPTQModel), gguf (llama.cpp), safetensors "
-        "(dequantized, for anything) and onnx (dequantized, for ONNX Runtime). A variant by "
-        "bitsandbytes has its library's own format instead.",
+        "(dequantized, for anything). A variant by "
+        "bitsandbytes or llama_cpp has its library's own format instead.",
         json_schema_extra={"default": ["compressed-tensors"]},
     )
     gguf: GGUF | None = Field(None, description="Options of the format gguf.")
@@ -817,7 +817,6 @@ class Recipe(_Section):
                     "section",
                     {"fmt": fmt, "loc": (fmt,)},
                 )
-        self._check_gguf_type()
         return self
 
     def _check_serve(self, name: str, variant: Variant) -> None:
@@ -967,15 +966,6 @@ class Recipe(_Section):
                 "GGUF has no columns grouped by activation order: set static_groups beside "
                 "desc_act, or remove gguf from `export:`",
                 {"loc": ("variants", name, "quantize")},
-            )
-
-    def _check_gguf_type(self) -> None:
-        """An importance matrix needs calibration text."""
-        if self.gguf is not None and self.gguf.imatrix and self.calibration is None:
-            raise PydanticCustomError(
-                "gguf_imatrix",
-                "the importance matrix needs a `calibration:` section in the recipe",
-                {"loc": ("gguf", "imatrix" if "imatrix" in self.gguf.model_fields_set else "type")},
             )
 
     def _check_packed(self, fmt: str, name: str, variant: Variant) -> None:

@@ -267,7 +267,8 @@ def _variant(
         entry |= _quantized(quantized, _layers(run_dir / "layers" / f"{name}.jsonl"))
     for stage in own.values():
         if stage["kind"] == "export":
-            entry["artifacts"].append(_artifact(stage))
+            proof = own.get(stage["name"].replace("export:", "verify:", 1))
+            entry["artifacts"].append(_artifact(stage, proof))
             if stage["result"]["tensors"] is not None:  # a speculator comes beside the model
                 entry["size_bytes"] = entry["size_bytes"] or stage["result"]["size_bytes"]
     return entry
@@ -347,8 +348,8 @@ def _refined(facts: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {key: facts[key] for key in keys} if facts else None
 
 
-def _artifact(stage: Mapping[str, Any]) -> dict[str, Any]:
-    """An exported directory and its files."""
+def _artifact(stage: Mapping[str, Any], proof: Mapping[str, Any] | None) -> dict[str, Any]:
+    """An exported directory, its files, and what the stage that verified it found."""
     directory = export_directory(stage)
     files = [
         {**entry, "path": place.relative_to(directory).as_posix()}
@@ -361,6 +362,7 @@ def _artifact(stage: Mapping[str, Any]) -> dict[str, Any]:
         "sha256": content_key([[file["path"], file["sha256"]] for file in files]),
         "files": files,
         "tensors": stage["result"]["tensors"],
+        "verification": proof["result"] if proof else None,
     }
 
 

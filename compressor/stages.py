@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from compressor.models.source import ResolvedSource
 
+_PROOF_TOKENS = 64  # of each prompt that an artifact is tried on
+
 
 @dataclass(frozen=True)
 class Context:
@@ -235,6 +237,8 @@ def quantize(context: Context) -> dict[str, Any]:
     from compressor.quantize.stream import calibration_dtype
 
     ((name, options),) = context.config["steps"][-1].items()
+    if getattr(registry.get(name), "format", "") == "gguf":
+        return _quantize_by_llama_cpp(context, registry.get(name), options)
     if registry.get(name).kind == "library":
         return _quantize_by_library(context, registry.get(name), options)
     scale_dtype = _scale_dtype(context.need("load"))
@@ -287,6 +291,74 @@ def _quantize_by_library(context: Context, cls: Any, options: dict[str, Any]) ->
         )
 
 
+def _quantize_by_llama_cpp(context: Context, cls: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Convert, take the importance matrix, run llama-quantize, and read back what it made."""
+    import time
+
+    import numpy as np
+    import torch
+
+    from compressor.export import gguf, llama_quantize
+    from compressor.export.gguf_model import Layout
+    from compressor.imports.codes import import_gguf
+    from compressor.models.architecture import CausalLM
+    from compressor.quantize.coverage import is_ignored
+    from compressor.quantize.imatrix import squared_inputs
+    from compressor.quantize.llama_cpp import llama_quantize as program
+
+    started, directory = time.perf_counter(), context.directory
+    scratch = directory / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    model = CausalLM.open(context.model_dir)
+    layout = Layout(model.config)
+    imatrix, tokens = None, 0
+    title = f"quantize {context.stage.variant}"
+    with context.progress.task(title, len(model.blocks)) as task:
+        if options["imatrix"]:
+            calibration = context.need("calibrate")
+            ids = np.load(calibration.path / "tokens.npy")
+            statistics = squared_inputs(
+                model,
+                ids,
+                scratch,
+                batch_size=context.config["batch_size"],
+                device="cuda" if torch.cuda.is_available() else "cpu",
+                advance=counting(task),
+            )
+            imatrix, tokens = scratch / "imatrix.gguf", int(ids.size)
+            llama_quantize.write_imatrix(
+                imatrix,
+                layout,
+                {name: (one.sums, one.tokens) for name, one in statistics.items()},
+                dataset=calibration.result["source"],
+                chunks=len(ids),
+                chunk_size=ids.shape[1],
+            )
+        gguf.export(context.model_dir, (), {}, scratch / "plain")
+        source = (scratch / "plain" / gguf.FILE).rename(scratch / gguf.FILE)
+        model = CausalLM.open(context.model_dir)
+        kept = [
+            str(layout.name(f"{ref.name}.weight")).removesuffix(".weight")
+            for index in range(len(model.blocks))
+            for ref in model.linears(index)
+            if is_ignored(ref.name, context.config["ignore"])
+        ]
+        llama_quantize.quantize_file(
+            program(),
+            source,
+            directory / gguf.FILE,
+            options["type"],
+            imatrix=imatrix,
+            kept=kept,
+            threads=torch.get_num_threads(),
+        )
+    shutil.rmtree(scratch)
+    facts = import_gguf(model, directory)
+    facts["scheme"] = cls(cls.Options(**options)).scheme
+    return {"seconds": time.perf_counter() - started, "tokens": tokens, **facts}
+
+
 def import_model(context: Context) -> dict[str, Any]:
     """Read what another tool made of the model."""
     from compressor.imports.codes import import_model as read
@@ -295,9 +367,7 @@ def import_model(context: Context) -> dict[str, Any]:
     model = CausalLM.open(context.baseline_dir)
     title = f"import {context.stage.variant}"
     with context.progress.task(title, len(model.blocks)) as task:
-        return read(
-            model, context.stage.local["resolved"], context.directory, counting(task)
-        )
+        return read(model, context.stage.local["resolved"], context.directory, counting(task))
 
 
 def export(context: Context) -> dict[str, Any]:
@@ -342,6 +412,9 @@ def _write_artifact(
     source, fmt, result = context.model_dir, context.config["format"], {}
     if quantized is not None:
         result = quantized.result
+        if fmt == gguf.NAME and result.get("dense"):
+            gguf.copy(source, quantized.path / gguf.FILE, provenance, target)
+            return []
         if result.get("dense"):  # imported from a file whose grids are none of ours
             source, quantized = quantized.path / "checkpoint", None
     if fmt == bitsandbytes.NAME and quantized is not None:
@@ -418,6 +491,50 @@ def _tensor_ledger(context: Context, artifact: Path) -> dict[str, Any]:
         lost=lost,
     )
     return asdict(ledger)
+
+
+def verify(context: Context) -> dict[str, Any]:
+    """Load an artifact in what will load it, and compare it with the model as it was evaluated.
+
+    Raises:
+        RunError: it does not load, or something else is computed from it.
+    """
+    import torch
+
+    from compressor.data.sources import load_texts
+    from compressor.data.tokens import prompt_tokens
+    from compressor.export import verify as proof
+    from compressor.models.architecture import CausalLM
+
+    exported, quantized = context.need("export"), context.quantized
+    fmt, directory = exported.result["format"], exported.path / "artifact"
+    consumers, missing = context.config["consumers"], context.config["missing"]
+    if not consumers:
+        return proof.Verification("", None, False, None, None, None, missing).to_dict()
+    tokenizer = context.tokenizer()
+    texts = load_texts("builtin:prompts", field="prompt", base_dir=Path())
+    prompts = [
+        prompt_tokens(text, tokenizer)[:_PROOF_TOKENS]
+        for text in texts[: context.config["prompts"]]
+    ]
+    with context.progress.task(f"verify {context.stage.variant}, {fmt}", None):
+        if quantized is not None:
+            model: Any = quantized_model(context.model_dir, quantized, "cpu")
+        else:
+            model = CausalLM.open(context.model_dir).load_full(torch.float32, "cpu")
+        reference = proof.make_reference(model, prompts, context.config["tokens"])
+        del model
+        found = proof.verify_artifact(
+            directory, fmt, reference, consumers, missing, rounded=context.config["rounded"]
+        )
+    if found.verified is False:
+        raise RunError(
+            f"the {fmt} artifact is not what was evaluated: {found.consumer} "
+            + (f"finds that {found.why}" if found.loads else f"does not load it ({found.why})"),
+            where=str(context.stage.name),
+            fix="another format or scheme may load; --no-verify keeps the artifact, unverified",
+        )
+    return found.to_dict()
 
 
 def evaluate(context: Context) -> dict[str, Any]:
@@ -566,6 +683,7 @@ FUNCTIONS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "speculate": speculate_stages.speculate,
     "accept": speculate_stages.accept,
     "export": export,
+    "verify": verify,
     "evaluate": evaluate,
     "measure": measure,
 }

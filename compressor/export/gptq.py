@@ -16,11 +16,12 @@ front where the layer is not quantized.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -53,7 +54,7 @@ def export(
     directory: Path,
     replaced: Mapping[str, torch.Tensor] | None = None,
     head: str | None = None,
-    checkpoint_format: GPTQFormat = "gptq",
+    checkpoint_format: GPTQFormat | Literal["auto"] = "auto",
 ) -> None:
     """Write a complete artifact directory; equal inputs give equal bytes.
 
@@ -65,26 +66,35 @@ def export(
         directory: receives the artifact.
         replaced: unquantized tensors that differ from the baseline's, by name.
         head: name of the output layer, where it is among those quantized.
-        checkpoint_format: ``gptq`` (v1, which every engine reads) or ``gptq_v2``.
+        checkpoint_format: ``gptq`` (v1) or ``gptq_v2``; ``auto`` takes v1, which every engine reads,
+            but v2 where the first linear's grid is asymmetric (GPTQModel 7.6 refuses such a
+            checkpoint in v1 of any tool but its own).
 
     Raises:
         RunError: a grid, shape, scale or zero point that the format does not hold.
     """
     directory.mkdir(parents=True, exist_ok=True)
     ordered: set[str] = set()
+    first = next(quantized := iter(quantized), None)
+    if first is not None:
+        quantized = itertools.chain([first], quantized)
+    symmetric = first is None or first[1].scheme.symmetric
+    if checkpoint_format == "auto":
+        checkpoint_format = "gptq" if symmetric else "gptq_v2"
+    form: GPTQFormat = checkpoint_format
 
     def make(
         name: str, tensor: QuantizedTensor, scheme: Scheme, _: torch.dtype
     ) -> dict[str, torch.Tensor]:
         if tensor.g_idx is not None:
             ordered.add(name)
-        return tensors(name, tensor, scheme, checkpoint_format)
+        return tensors(name, tensor, scheme, form)
 
     config, schemes = write_weights(
         model_dir, quantized, make, directory, replaced=replaced, head=head
     )
     settings = quantization_config(
-        schemes, ignore, head, desc_act=bool(ordered), checkpoint_format=checkpoint_format
+        schemes, ignore, head, desc_act=bool(ordered), checkpoint_format=form
     )
     config["quantization_config"] = settings
     write_json(directory / "config.json", config)

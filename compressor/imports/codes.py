@@ -8,6 +8,7 @@ checkpoint of the values that it stands for, in float32 (``checkpoint``).
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from compressor.quantize.coverage import Coverage
 from compressor.quantize.registry import relative_error
 
 CHECKPOINT = "checkpoint"
+GGUF_FILE = "model.gguf"
 _OTHER_MODEL = "give a quantized form of the very model that `model:` names"
 
 
@@ -60,7 +62,8 @@ def import_model(
     """
     started = time.perf_counter()
     if resolved.kind == "gguf":
-        facts = _import_gguf(model, resolved, directory)
+        shutil.copyfile(resolved.path, directory / GGUF_FILE)
+        facts = import_gguf(model, directory)
     else:
         facts = _import_packed(model, open_packed(resolved.path), directory, advance)
     return {"seconds": time.perf_counter() - started, "tokens": 0, **facts}
@@ -103,9 +106,7 @@ def _import_packed(
             tensors |= flatten(ref.name, tensor)
             schemes[scheme] += weight.numel()
             done.add(ref.name)
-            records.append(
-                _record(index, ref.name, scheme.to_dict(), weight, tensor.dequantize())
-            )
+            records.append(_record(index, ref.name, scheme.to_dict(), weight, tensor.dequantize()))
         path = directory / HEAD if index == len(model.blocks) else block_file(directory, index)
         if index == 0:
             tensors |= _changed(model, packed, names)
@@ -149,13 +150,23 @@ def _another(what: str, packed: PackedCheckpoint) -> RunError:
     )
 
 
-def _import_gguf(model: CausalLM, resolved: ResolvedSource, directory: Path) -> dict[str, Any]:
+def import_gguf(model: CausalLM, directory: Path) -> dict[str, Any]:
+    """Dequantize ``directory/model.gguf`` into ``directory/checkpoint``, and record its layers.
+
+    Args:
+        model: the baseline, opened.
+
+    Returns:
+        scheme, coverage and so on, as of `import_model`.
+    """
     from gguf import GGUFReader
 
-    path = materialise(resolved, directory / CHECKPOINT, dtype="float32")
+    file = directory / GGUF_FILE
+    found = ResolvedSource("gguf", file, None, str(file), [file])
+    path = materialise(found, directory / CHECKPOINT, dtype="float32")
     theirs = Checkpoint(path)
     coverage = Coverage(model, None)
-    reader = GGUFReader(resolved.path)
+    reader = GGUFReader(file)
     sizes: Counter[str] = Counter()
     for tensor in reader.tensors:
         if len(tensor.shape) > 1:
@@ -169,12 +180,10 @@ def _import_gguf(model: CausalLM, resolved: ResolvedSource, directory: Path) -> 
             if not theirs.has(key) or theirs.shape(key) != tuple(ours.shape):
                 raise RunError(
                     f"this is another model than the baseline: {key} is not the same there",
-                    where=str(resolved.path),
+                    where=str(file),
                     fix=_OTHER_MODEL,
                 )
-            records.append(
-                _record(index, ref.name, scheme, ours, theirs.tensor(key).float())
-            )
+            records.append(_record(index, ref.name, scheme, ours, theirs.tensor(key).float()))
     write_synced(directory / LAYERS, [json.dumps(record) for record in records])
     return {
         "scheme": scheme,

@@ -87,9 +87,7 @@ def resolve_source(
             "package:NAME/FILE.gguf",
         )
     snapshot, commit = _download(source, revision, allow_pickle)
-    return _directory(
-        "hub", source, snapshot, commit, trust_remote_code, allow_pickle, quantized
-    )
+    return _directory("hub", source, snapshot, commit, trust_remote_code, allow_pickle, quantized)
 
 
 def _in_package(source: str) -> tuple[Path, list[Path]]:

@@ -45,7 +45,9 @@ def unpacked(directory: Path, name: str) -> torch.Tensor:
     config = json.loads((directory / "quantize_config.json").read_text())
     bits = config["bits"]
     tensors = load_file(directory / "model.safetensors")
-    qweight, qzeros = (tensors[f"{name}.{p}"].numpy().view(np.uint32) for p in ("qweight", "qzeros"))
+    qweight, qzeros = (
+        tensors[f"{name}.{p}"].numpy().view(np.uint32) for p in ("qweight", "qzeros")
+    )
     per = 32 // bits
     weight = np.zeros((qweight.shape[0] * per, qweight.shape[1]), np.int64)
     for row in range(len(weight)):
