@@ -123,12 +123,13 @@ def speed(consumer: str, fmt: str, directory: Path, prompt: list[int], count: in
                 started = time.perf_counter()
                 server.complete(prompt, count)
                 return count / (time.perf_counter() - started)
-        import subprocess
+        import subprocess  # GPTQModel
 
         (Path(scratch) / "s.json").write_text(json.dumps([prompt]))
         program = Path(verify.__file__).parent / "consumers" / "gptqmodel_logits.py"
+        command = [str(gptqmodel_python()), str(program), str(directory.resolve()), "s.json", "o"]
         done = subprocess.run(
-            [str(gptqmodel_python()), str(program), str(directory.resolve()), "s.json", "o", str(count)],
+            [*command, str(count)],
             cwd=scratch, check=False, capture_output=True, text=True,
         )  # fmt: skip
         if done.returncode:
@@ -216,8 +217,8 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         "Made by `scripts/formats_table.py`; the figures are in formats.json. Grids by "
         "round-to-nearest. Agreement: share of the greedy tokens of the dequantized model in "
-        "float32 that the consumer chooses too, behind the same tokens. Difference: the largest of a "
-        "logit, or (llama.cpp, vLLM) of a chosen token's log-probability. Tokens per second: one "
+        "float32 that the consumer chooses too, behind the same tokens. Difference: the largest of "
+        "a logit, or (llama.cpp, vLLM) of a chosen token's log-probability. Tokens per second: one "
         "sequence. Sizes are those of whole directories.",
         "",
     ]

@@ -66,8 +66,8 @@ def export(
         directory: receives the artifact.
         replaced: unquantized tensors that differ from the baseline's, by name.
         head: name of the output layer, where it is among those quantized.
-        checkpoint_format: ``gptq`` (v1) or ``gptq_v2``; ``auto`` takes v1, which every engine reads,
-            but v2 where the first linear's grid is asymmetric (GPTQModel 7.6 refuses such a
+        checkpoint_format: ``gptq`` (v1) or ``gptq_v2``; ``auto`` takes v1, which every engine
+            reads, but v2 where the first linear's grid is asymmetric (GPTQModel 7.6 refuses such a
             checkpoint in v1 of any tool but its own).
 
     Raises:

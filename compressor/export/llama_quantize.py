@@ -2,8 +2,8 @@
 
 The matrix is a GGUF file of its own (llama.cpp, tools/imatrix and common/imatrix-loader): for each
 weight X float32 ``X.in_sum2`` [matrices, in], sums of squared inputs, and ``X.counts`` [matrices,
-1], over how many rows; ``imatrix.datasets``, ``imatrix.chunk_count`` and ``imatrix.chunk_size`` must
-be there.
+1], over how many rows; the keys ``imatrix.datasets``, ``imatrix.chunk_count`` and
+``imatrix.chunk_size`` must be there.
 """
 
 from __future__ import annotations

