@@ -46,6 +46,9 @@ OutputDir = Annotated[Path | None, typer.Option("--output", help="Directory of r
 StoreDir = Annotated[Path | None, typer.Option("--store", help="Directory of finished stages.")]
 Only = Annotated[list[str] | None, typer.Option("--only", help="Only this variant; repeatable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Do not try artifacts in what will load them.")
+]
 
 
 def main() -> None:
@@ -106,6 +109,7 @@ def run(
     force: Annotated[
         bool, typer.Option("--force", help="Run although memory or the engine speak against it.")
     ] = False,
+    no_verify: NoVerify = False,
 ) -> None:
     """Do what the recipe says: quantize, evaluate, measure, export, report."""
     from compressor.progress import make_progress
@@ -113,7 +117,7 @@ def run(
     from compressor.report.terminal import closing
     from compressor.run import execute
 
-    plan = _plan(recipe, output, store, only)
+    plan = _plan(recipe, output, store, only, not no_verify)
     if plan.remaining:
         from compressor.preflight import preflight
 
@@ -301,12 +305,13 @@ def plan(
     store: StoreDir = None,
     only: Only = None,
     as_json: AsJson = False,
+    no_verify: NoVerify = False,
 ) -> None:
     """Show what a run will do, what it will take in time, memory and disk, and which engines have
     kernels for what comes out of it."""
     from compressor.preflight import preflight
 
-    made = _plan(recipe, output, store, only)
+    made = _plan(recipe, output, store, only, not no_verify)
     found = preflight(made)
     rows = [
         {
@@ -657,7 +662,13 @@ def estimate(
         console.print(comparison_table(compared.to_dict()))
 
 
-def _plan(recipe: Path, output: Path | None, store: Path | None, only: list[str] | None) -> Plan:
+def _plan(
+    recipe: Path,
+    output: Path | None,
+    store: Path | None,
+    only: list[str] | None,
+    proofs: bool = True,
+) -> Plan:
     from compressor.plan import make_plan
     from compressor.recipe import load_recipe
     from compressor.store import Store
@@ -672,7 +683,8 @@ def _plan(recipe: Path, output: Path | None, store: Path | None, only: list[str]
         )
     if output is not None:
         loaded = loaded.model_copy(update={"output": str(output.resolve())})
-    return make_plan(loaded, Store((store or loaded.store_dir).resolve()), only or ())
+    place = Store((store or loaded.store_dir).resolve())
+    return make_plan(loaded, place, only or (), proofs=proofs)
 
 
 def _duration(seconds: float) -> str:

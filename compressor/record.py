@@ -122,7 +122,7 @@ def kept_files(stage: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Pu
             yield entry, PurePosixPath(kind) / variant / path.name
         elif kind == "evaluate" and path.suffix == ".jsonl":
             yield entry, PurePosixPath("drift") / f"{variant}.jsonl"
-        elif kind == "quantize" and path.name == "layers.jsonl":
+        elif kind in ("quantize", "import") and path.name == "layers.jsonl":
             yield entry, PurePosixPath("layers") / f"{variant}.jsonl"
         elif kind == "accept" and path.suffix == ".jsonl":
             yield entry, PurePosixPath("acceptance") / f"{variant}.jsonl"
@@ -278,7 +278,8 @@ def _variant(
     """One variant's entry of the report; its size is that of the artifact that was measured, or of
     the first where none was."""
     own = {stage["name"]: stage for stage in stages if stage["variant"] == name}
-    quantized, scored = own.get(f"quantize:{name}"), own.get(f"evaluate:{name}")
+    quantized = own.get(f"quantize:{name}") or own.get(f"import:{name}")
+    scored = own.get(f"evaluate:{name}")
     found = scored["result"] if scored else {}
     if evaluated is not None:
         found = evaluated.get(name, {})
@@ -303,7 +304,8 @@ def _variant(
         entry |= _quantized(quantized, read_layers(run_dir, name))
     for stage in own.values():
         if stage["kind"] == "export":
-            entry["artifacts"].append(_artifact(stage))
+            proof = own.get(stage["name"].replace("export:", "verify:", 1))
+            entry["artifacts"].append(_artifact(stage, proof))
             if stage["result"]["tensors"] is not None:  # a speculator comes beside the model
                 entry["size_bytes"] = entry["size_bytes"] or stage["result"]["size_bytes"]
     return entry
@@ -384,8 +386,8 @@ def _refined(facts: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {key: facts[key] for key in keys} if facts else None
 
 
-def _artifact(stage: Mapping[str, Any]) -> dict[str, Any]:
-    """An exported directory and its files."""
+def _artifact(stage: Mapping[str, Any], proof: Mapping[str, Any] | None) -> dict[str, Any]:
+    """An exported directory, its files, and what the stage that verified it found."""
     directory = export_directory(stage)
     files = [
         {**entry, "path": place.relative_to(directory).as_posix()}
@@ -399,6 +401,7 @@ def _artifact(stage: Mapping[str, Any]) -> dict[str, Any]:
         "sha256": content_key([[file["path"], file["sha256"]] for file in files]),
         "files": files,
         "tensors": stage["result"]["tensors"],
+        "verification": proof["result"] if proof else None,
     }
 
 

@@ -65,6 +65,7 @@ def execute(plan: Plan, progress: Progress) -> RunResult:
         if stage.variant in outcome.failed:
             continue
         if stage.key in outcome.broken:  # another variant's equal stage: it would fail again
+            _withdraw(stage, outcome)
             outcome.failed[str(stage.variant)] = outcome.broken[stage.key]
             _log(log, "failed", stage, error=outcome.broken[stage.key])
             continue
@@ -75,8 +76,17 @@ def execute(plan: Plan, progress: Progress) -> RunResult:
                 _log(log, "failed", stage, error=str(error))
                 raise
             outcome.failed[str(stage.variant)] = outcome.broken[stage.key] = str(error)
+            _withdraw(stage, outcome)
             _log(log, "failed", stage, error=str(error))
     return _finish(plan, outcome, run_dir)
+
+
+def _withdraw(stage: Stage, outcome: _Outcome) -> None:
+    """An artifact that failed its proof is not done: it is neither measured nor laid out."""
+    if stage.kind == "verify":
+        for name in stage.inputs:
+            if name.startswith("export:"):
+                outcome.done.pop(name, None)
 
 
 def _run_stage(plan: Plan, stage: Stage, outcome: _Outcome, progress: Progress, log: Path) -> None:

@@ -248,7 +248,7 @@ def target(context: Context) -> Any:
     from compressor.stages import quantized_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    quantized = context.find("quantize")
+    quantized = context.quantized
     if quantized is not None:
         model: Any = quantized_model(context.model_dir, quantized, device)
     else:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from compressor.models.source import ResolvedSource
 
+_PROOF_TOKENS = 64  # of each prompt that an artifact is tried on
+
 
 @dataclass(frozen=True)
 class Context:
@@ -57,6 +59,11 @@ class Context:
         found = self.find(kind, variant)
         assert found is not None, f"{self.stage.name} was planned without a {kind} stage"
         return found
+
+    @property
+    def quantized(self) -> StoredStage | None:
+        """What holds the variant's codes: its own quantization, or another tool's, imported."""
+        return self.find("quantize") or self.find("import")
 
     @property
     def baseline_dir(self) -> Path:
@@ -323,6 +330,8 @@ def quantize(context: Context) -> dict[str, Any]:
     from compressor.quantize.stream import calibration_dtype
 
     ((name, options),) = context.config["steps"][-1].items()
+    if getattr(registry.get(name), "format", "") == "gguf":
+        return _quantize_by_llama_cpp(context, registry.get(name), options)
     if registry.get(name).kind == "library":
         return _quantize_by_library(context, registry.get(name), options)
     scale_dtype = _scale_dtype(context.need("load"))
@@ -375,16 +384,88 @@ def _quantize_by_library(context: Context, cls: Any, options: dict[str, Any]) ->
         )
 
 
+def _quantize_by_llama_cpp(context: Context, cls: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Convert, take the importance matrix, run llama-quantize, and read back what it made."""
+    import time
+
+    import numpy as np
+    import torch
+
+    from compressor.export import gguf, llama_quantize
+    from compressor.export.gguf_model import Layout
+    from compressor.imports.codes import import_gguf
+    from compressor.models.architecture import CausalLM
+    from compressor.quantize.coverage import is_ignored
+    from compressor.quantize.imatrix import squared_inputs
+    from compressor.quantize.llama_cpp import llama_quantize as program
+
+    started, directory = time.perf_counter(), context.directory
+    scratch = directory / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    model = CausalLM.open(context.model_dir)
+    layout = Layout(model.config)
+    imatrix, tokens = None, 0
+    title = f"quantize {context.stage.variant}"
+    with context.progress.task(title, len(model.blocks)) as task:
+        if options["imatrix"]:
+            calibration = context.need("calibrate")
+            ids = np.load(calibration.path / "tokens.npy")
+            statistics = squared_inputs(
+                model,
+                ids,
+                scratch,
+                batch_size=context.config["batch_size"],
+                device="cuda" if torch.cuda.is_available() else "cpu",
+                advance=counting(task),
+            )
+            imatrix, tokens = scratch / "imatrix.gguf", int(ids.size)
+            llama_quantize.write_imatrix(
+                imatrix,
+                layout,
+                {name: (one.sums, one.tokens) for name, one in statistics.items()},
+                dataset=calibration.result["source"],
+                chunks=len(ids),
+                chunk_size=ids.shape[1],
+            )
+        gguf.export(context.model_dir, (), {}, scratch / "plain")
+        source = (scratch / "plain" / gguf.FILE).rename(scratch / gguf.FILE)
+        model = CausalLM.open(context.model_dir)
+        kept = [
+            str(layout.name(f"{ref.name}.weight")).removesuffix(".weight")
+            for index in range(len(model.blocks))
+            for ref in model.linears(index)
+            if is_ignored(ref.name, context.config["ignore"])
+        ]
+        llama_quantize.quantize_file(
+            program(),
+            source,
+            directory / gguf.FILE,
+            options["type"],
+            imatrix=imatrix,
+            kept=kept,
+            threads=torch.get_num_threads(),
+        )
+    shutil.rmtree(scratch)
+    facts = import_gguf(model, directory)
+    facts["scheme"] = cls(cls.Options(**options)).scheme
+    return {"seconds": time.perf_counter() - started, "tokens": tokens, **facts}
+
+
+def import_model(context: Context) -> dict[str, Any]:
+    """Read what another tool made of the model."""
+    from compressor.imports.codes import import_model as read
+    from compressor.models.architecture import CausalLM
+
+    model = CausalLM.open(context.baseline_dir)
+    title = f"import {context.stage.variant}"
+    with context.progress.task(title, len(model.blocks)) as task:
+        return read(model, context.stage.local["resolved"], context.directory, counting(task))
+
+
 def export(context: Context) -> dict[str, Any]:
     """Write one variant in one format, with the hash of every file."""
-    from compressor.export import bitsandbytes, gguf
-    from compressor.export import compressed_tensors as formats
-    from compressor.numerics.scheme import KV_CACHE
-    from compressor.quantize.bitsandbytes import iterate_tensors
-    from compressor.quantize.codes import iterate_quantized, kv_scales, replaced_tensors
-
-    load, quantized = context.need("load"), context.find("quantize")
-    notes: list[str] = []
+    load, quantized = context.need("load"), context.quantized
     # Keys of the inputs identify every setting that made this artifact; times stay out of it.
     provenance = {
         "tool": "compressor",
@@ -401,52 +482,81 @@ def export(context: Context) -> dict[str, Any]:
         size = sum(p.stat().st_size for p in target.iterdir())
         return {"format": context.config["format"], "size_bytes": size, "tensors": None}
     with context.progress.task(f"export {context.stage.variant}", None):
-        if context.config["format"] == gguf.NAME:
+        if quantized is not None or context.config["format"] == "gguf":
             for stored in context.inputs.values():
                 stored.verify()
-            found = gguf.export(
-                context.model_dir,
-                iterate_quantized(quantized.path) if quantized else (),
-                provenance,
-                target,
-                replaced=replaced_tensors(quantized.path) if quantized else None,
-                head=quantized.result.get("head") if quantized else None,
-                title=f"{Path(load.result['source']).stem} {context.config['variant']}",
-                embeddings=context.config.get("embeddings", gguf.STORED),
-            )
-            notes = found.notes
-        elif quantized is None:
-            formats.export_dense(context.model_dir, provenance, target)
-        elif context.config["format"] == bitsandbytes.NAME:
-            for stored in context.inputs.values():
-                stored.verify()
-            bitsandbytes.export(
-                context.model_dir,
-                iterate_tensors(quantized.path),
-                quantized.result["settings"],
-                provenance,
-                target,
-            )
-        else:
-            for stored in context.inputs.values():
-                stored.verify()
-            ignore = [entry["name"] for entry in quantized.result["coverage"]["skipped"]]
-            kv_cache = quantized.result.get("kv_cache")
-            formats.export(
-                context.model_dir,
-                iterate_quantized(quantized.path),
-                ignore,
-                provenance,
-                target,
-                replaced=replaced_tensors(quantized.path),
-                kv_cache=KV_CACHE[kv_cache] if kv_cache else None,
-                kv_scales=kv_scales(quantized.path),
-                head=quantized.result.get("head"),
-            )
+        notes = _write_artifact(context, quantized, provenance, target)
     size = sum(p.stat().st_size for p in target.iterdir())
     tensors = _tensor_ledger(context, target)
     result = {"format": context.config["format"], "size_bytes": size, "tensors": tensors}
     return result | ({"notes": notes} if notes else {})
+
+
+def _write_artifact(
+    context: Context, quantized: StoredStage | None, provenance: dict[str, Any], target: Path
+) -> list[str]:
+    """Write the weights in their format; returns what is not carried over."""
+    from compressor.export import awq, bitsandbytes, dense, gguf, gptq
+    from compressor.export import compressed_tensors as formats
+    from compressor.numerics.scheme import KV_CACHE
+    from compressor.quantize.bitsandbytes import iterate_tensors
+    from compressor.quantize.codes import iterate_quantized, kv_scales, replaced_tensors
+
+    source, fmt, result = context.model_dir, context.config["format"], {}
+    if quantized is not None:
+        result = quantized.result
+        if fmt == gguf.NAME and result.get("dense"):
+            gguf.copy(source, quantized.path / gguf.FILE, provenance, target)
+            return []
+        if result.get("dense"):  # imported from a file whose grids are none of ours
+            source, quantized = quantized.path / "checkpoint", None
+    if fmt == bitsandbytes.NAME and quantized is not None:
+        tensors = iterate_tensors(quantized.path)
+        bitsandbytes.export(source, tensors, result["settings"], provenance, target)
+        return []
+    codes = iterate_quantized(quantized.path) if quantized else iter(())
+    changed: dict[str, Any] = {
+        "replaced": replaced_tensors(quantized.path) if quantized else None,
+    }
+    ignore = [entry["name"] for entry in result["coverage"]["skipped"]] if quantized else []
+    if quantized is not None and fmt != awq.NAME:
+        changed["head"] = result.get("head")
+    if fmt == gguf.NAME:
+        found = gguf.export(
+            source,
+            codes,
+            provenance,
+            target,
+            title=f"{Path(provenance['source']).stem} {context.config['variant']}",
+            embeddings=context.config.get("embeddings", gguf.STORED),
+            **changed,
+        )
+        return found.notes
+    if quantized is None:
+        formats.export_dense(source, provenance, target)
+        return []
+    if fmt == dense.NAME:
+        options = context.config.get("options", {})
+        return dense.export(source, codes, provenance, target, **changed, **options)
+    if fmt == gptq.NAME:
+        gptq.export(
+            source, codes, ignore, provenance, target, **changed, **context.config["options"]
+        )
+    elif fmt == awq.NAME:
+        awq.export(source, codes, ignore, provenance, target, **changed)
+    else:
+        kv_cache = result.get("kv_cache")
+        formats.export(
+            source,
+            codes,
+            ignore,
+            provenance,
+            target,
+            kv_cache=KV_CACHE[kv_cache] if kv_cache else None,
+            kv_scales=kv_scales(quantized.path),
+            **changed,
+        )
+    return []
 
 
 def _tensor_ledger(context: Context, artifact: Path) -> dict[str, Any]:
@@ -458,7 +568,7 @@ def _tensor_ledger(context: Context, artifact: Path) -> dict[str, Any]:
     from compressor.models.checkpoint import Checkpoint
     from compressor.quantize.codes import read_layers
 
-    load, quantized = context.need("load"), context.find("quantize")
+    load, quantized = context.need("load"), context.quantized
     layers = read_layers(quantized.path) if quantized else []
     schemes = {layer["name"]: layer["scheme"]["name"] for layer in layers if "scheme" in layer}
     unread, lost = load.result["unread"], load.result["lost"]
@@ -474,6 +584,50 @@ def _tensor_ledger(context: Context, artifact: Path) -> dict[str, Any]:
         lost=lost,
     )
     return asdict(ledger)
+
+
+def verify(context: Context) -> dict[str, Any]:
+    """Load an artifact in what will load it, and compare it with the model as it was evaluated.
+
+    Raises:
+        RunError: it does not load, or something else is computed from it.
+    """
+    import torch
+
+    from compressor.data.sources import load_texts
+    from compressor.data.tokens import prompt_tokens
+    from compressor.export import verify as proof
+    from compressor.models.architecture import CausalLM
+
+    exported, quantized = context.need("export"), context.quantized
+    fmt, directory = exported.result["format"], exported.path / "artifact"
+    consumers, missing = context.config["consumers"], context.config["missing"]
+    if not consumers:
+        return proof.Verification("", None, False, None, None, None, missing).to_dict()
+    tokenizer = context.tokenizer()
+    texts = load_texts("builtin:prompts", field="prompt", base_dir=Path())
+    prompts = [
+        prompt_tokens(text, tokenizer)[:_PROOF_TOKENS]
+        for text in texts[: context.config["prompts"]]
+    ]
+    with context.progress.task(f"verify {context.stage.variant}, {fmt}", None):
+        if quantized is not None:
+            model: Any = quantized_model(context.model_dir, quantized, "cpu")
+        else:
+            model = CausalLM.open(context.model_dir).load_full(torch.float32, "cpu")
+        reference = proof.make_reference(model, prompts, context.config["tokens"])
+        del model
+        found = proof.verify_artifact(
+            directory, fmt, reference, consumers, missing, rounded=context.config["rounded"]
+        )
+    if found.verified is False:
+        raise RunError(
+            f"the {fmt} artifact is not what was evaluated: {found.consumer} "
+            + (f"finds that {found.why}" if found.loads else f"does not load it ({found.why})"),
+            where=str(context.stage.name),
+            fix="another format or scheme may load; --no-verify keeps the artifact, unverified",
+        )
+    return found.to_dict()
 
 
 def evaluate(context: Context) -> dict[str, Any]:
@@ -494,7 +648,7 @@ def evaluate(context: Context) -> dict[str, Any]:
     from compressor.models.head import split
 
     texts, baseline = context.need("texts"), context.find("evaluate")
-    quantized = context.find("quantize")
+    quantized = context.quantized
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plain = CausalLM.open(context.baseline_dir).load_full(torch.float32, device)
     model = quantized_model(context.model_dir, quantized, device) if quantized else plain
@@ -674,11 +828,13 @@ FUNCTIONS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "rotate": rotate,
     "sensitivity": sensitivity,
     "quantize": quantize,
+    "import": import_model,
     "corpus": speculate_stages.corpus,
     "features": speculate_stages.features,
     "speculate": speculate_stages.speculate,
     "accept": speculate_stages.accept,
     "export": export,
+    "verify": verify,
     "evaluate": evaluate,
     "tasks": task_stages.tasks,
     "served": task_stages.served,
@@ -755,7 +911,10 @@ def quantized_model(
     from compressor.quantize.bitsandbytes import iterate_tensors
     from compressor.quantize.codes import kv_scales, replace_linears, replaced_tensors
 
-    model, dtype = CausalLM.open(directory), dtype or torch.float32
+    dtype = dtype or torch.float32
+    if quantized.result.get("dense"):
+        return CausalLM.open(quantized.path / "checkpoint").load_full(dtype, device)
+    model = CausalLM.open(directory)
     if quantized.result.get("format") == "bitsandbytes":
         refs = {ref.name: ref for i in range(len(model.blocks)) for ref in model.linears(i)}
         threshold = quantized.result["settings"].get("llm_int8_threshold", 0.0)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from torch import nn
 
 from compressor.errors import RunError
 from compressor.export.artifact import MAX_SHARD_BYTES, complete, write_json
+from compressor.export.weights import Quantized, write_weights
 from compressor.models.architecture import CausalLM
 from compressor.models.checkpoint import Checkpoint, TensorWriter
 from compressor.models.kv_cache import KEY, VALUE, round_cache
@@ -132,7 +133,7 @@ def _activations(scheme: ActivationScheme) -> dict[str, Any]:
 
 def export(
     model_dir: Path,
-    quantized: Iterable[tuple[str, QuantizedTensor, Scheme]],
+    quantized: Quantized,
     ignore: Sequence[str],
     provenance: dict[str, Any],
     directory: Path,
@@ -156,46 +157,12 @@ def export(
         kv_scales: their scales float32 [1], by name.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    source = Checkpoint(model_dir)
-    shared = _shared_weight(model_dir) if head is not None else None
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    schemes: dict[str, Scheme] = {}
-    writer = TensorWriter(directory, MAX_SHARD_BYTES)
-    for name, tensor, scheme in quantized:
-        stored = f"{name}.weight"
-        if name == head and shared is not None:
-            stored = shared[0]
-        dtype = source.dtype(stored)
-        for key, value in _tensors(tensor, scheme, dtype).items():
-            writer.add(f"{name}.{key}", value)
-        schemes[name] = scheme
-    for name in source.names:
-        if name.removesuffix(".weight") not in schemes:
-            changed = (replaced or {}).get(name)
-            writer.add(name, source.tensor(name) if changed is None else changed)
-    if shared is not None and shared[0] == f"{head}.weight":
-        writer.add(shared[1], source.tensor(shared[0]))  # it was stored under the head's name only
-    for name, scale in sorted((kv_scales or {}).items()):
-        writer.add(name, scale)
-    writer.close()
-    if head is not None:
-        for part in (config, config.get("text_config")):
-            if isinstance(part, dict):
-                part["tie_word_embeddings"] = False
+    config, schemes = write_weights(
+        model_dir, quantized, _tensors, directory, replaced=replaced, head=head, further=kv_scales
+    )
     config["quantization_config"] = quantization_config(schemes, ignore, head, kv_cache)
     write_json(directory / "config.json", config)
     complete(model_dir, provenance, directory)
-
-
-def _shared_weight(model_dir: Path) -> tuple[str, str] | None:
-    """Where the weight that embeddings and output layer share is stored, and the embeddings' own
-    name for it; None where they share none."""
-    model = CausalLM.open(model_dir)
-    if not model.head_is_tied:
-        return None
-    embeddings = model.model.get_input_embeddings()
-    path = next(path for path, module in model.model.named_modules() if module is embeddings)
-    return model.head_key(), f"{path}.weight"
 
 
 def export_dense(model_dir: Path, provenance: dict[str, Any], directory: Path) -> None:
@@ -234,7 +201,7 @@ def load_model(
         "quantization_config"
     )
     if found:
-        scheme_of = _read_schemes(found, directory)
+        scheme_of = read_schemes(found, directory)
         source = Checkpoint(directory)
         refs = [ref for index in range(len(model.blocks)) for ref in model.linears(index)]
         if (head := model.head()) is not None and source.has(f"{head.name}.weight_scale"):
@@ -288,7 +255,7 @@ def _format(scheme: Scheme) -> str:
 
 
 def _tensors(
-    tensor: QuantizedTensor, scheme: Scheme, dtype: torch.dtype
+    _: str, tensor: QuantizedTensor, scheme: Scheme, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """The format's tensors of one linear. Scales of packed weights are stored in the model's own
     dtype, which engines load them into; the grid was rounded to it before codes were chosen."""
@@ -310,7 +277,7 @@ def _tensors(
     return found
 
 
-def _read_schemes(config: dict[str, Any], directory: Path) -> Callable[[str], Scheme]:
+def read_schemes(config: Mapping[str, Any], directory: Path) -> Callable[[str], Scheme]:
     """What the scheme of a linear is, by its name."""
     where = str(directory / "config.json")
     groups = list(config.get("config_groups", {}).values())

@@ -17,6 +17,7 @@ scheme's own activations (W8A8) are not carried over, nor are scales of cached k
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -165,6 +166,13 @@ def export(
         writer.close()
     complete(model_dir, {**provenance, "gguf": found.to_dict()}, directory)
     return found
+
+
+def copy(model_dir: Path, file: Path, provenance: dict[str, Any], directory: Path) -> None:
+    """A GGUF file that another tool wrote as a complete artifact directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, directory / FILE)
+    complete(model_dir, provenance, directory)
 
 
 def _linear(

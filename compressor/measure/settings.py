@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from compressor.errors import RecipeError
+from compressor.export.options import NOT_MEASURED
 from compressor.measure import metrics
 from compressor.measure.load import Arrival
 from compressor.measure.workload import output_lengths
@@ -199,7 +200,9 @@ class MeasureSettings:
 
 def serves(engine: str, fmt: str) -> bool:
     """Whether an engine serves artifacts of a format."""
-    return (fmt == "gguf") == (engine == "llama.cpp") and engine != "endpoint"
+    if fmt in NOT_MEASURED or engine == "endpoint":
+        return False
+    return (fmt == "gguf") == (engine == "llama.cpp")
 
 
 @dataclass(frozen=True)

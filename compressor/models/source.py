@@ -52,6 +52,7 @@ def resolve_source(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     base_dir: Path,
+    quantized: bool = False,
 ) -> ResolvedSource:
     """Find a model.
 
@@ -63,6 +64,7 @@ def resolve_source(
         trust_remote_code: let Python code in the checkpoint run.
         allow_pickle: accept ``.bin`` weights, which can run code when loaded.
         base_dir: directory of the recipe.
+        quantized: whether a checkpoint may be quantized already.
 
     Raises:
         RunError: it is not there, cannot be reached, holds only pickles, or is not a causal LM.
@@ -76,7 +78,9 @@ def resolve_source(
             raise RunError("there is no such GGUF file", where=source, fix="correct model.source")
         return _gguf(source, path, sorted(path.parent.glob("LICENSE*")))
     if path.is_dir():
-        return _directory("directory", source, path, None, trust_remote_code, allow_pickle)
+        return _directory(
+            "directory", source, path, None, trust_remote_code, allow_pickle, quantized
+        )
     looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1
     if looks_local:
         raise RunError(
@@ -86,7 +90,7 @@ def resolve_source(
             "package:NAME/FILE.gguf",
         )
     snapshot, commit = _download(source, revision, allow_pickle)
-    return _directory("hub", source, snapshot, commit, trust_remote_code, allow_pickle)
+    return _directory("hub", source, snapshot, commit, trust_remote_code, allow_pickle, quantized)
 
 
 def _in_package(source: str) -> tuple[Path, list[Path]]:
@@ -131,6 +135,7 @@ def _directory(
     revision: str | None,
     trust_remote_code: bool,
     allow_pickle: bool,
+    quantized: bool = False,
 ) -> ResolvedSource:
     config_file = path / "config.json"
     try:
@@ -141,11 +146,12 @@ def _directory(
         ) from error
     except ValueError as error:
         raise RunError("config.json is not JSON", where=str(config_file), fix="mend it") from error
-    if "quantization_config" in config:
+    if "quantization_config" in config and not quantized:
         raise RunError(
             "this model is already quantized",
             where=str(config_file),
-            fix="give the original model: one in bfloat16, float16 or float32",
+            fix="give the original model, in bfloat16, float16 or float32, and compare this one "
+            "as a variant with `import:`",
         )
     if not list(path.glob("*.safetensors")):
         pickles = [p for pattern in _PICKLES for p in path.glob(pattern)]

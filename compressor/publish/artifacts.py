@@ -76,7 +76,8 @@ class Artifact:
     @property
     def verification(self) -> Mapping[str, Any]:
         """What a real consumer said of it: ``verified`` is true, false, or says why it was not."""
-        return self.stage["result"].get("verification") or {"verified": UNVERIFIED}
+        proof = self.stages.get(self.stage["name"].replace("export:", "verify:", 1))
+        return proof["result"] if proof else {"verified": UNVERIFIED}
 
     @property
     def target(self) -> str | None:

@@ -37,6 +37,7 @@ _BUILT_IN = (
     "signround",
     "distillation",
     "bitsandbytes",
+    "llama_cpp",
 )
 KINDS = (
     "rotation",

@@ -528,8 +528,25 @@ class TensorLedger(Strict):
     bytes_by_scheme: dict[str, int] = {}
 
 
+class Verification(Strict):
+    """What a consumer of an artifact made of it.
+
+    `greedy_agreement`: share of the evaluated model's greedy tokens that it chooses too;
+    `max_logit_difference`: largest difference of a logit (of an engine: of a chosen token's
+    log-probability); `verified` is None where no consumer could try it, and `why` says so.
+    """
+
+    consumer: str
+    version: str | None
+    loads: bool
+    greedy_agreement: float | None
+    max_logit_difference: float | None
+    verified: bool | None
+    why: str = ""
+
+
 class Artifact(Strict):
-    """One exported directory."""
+    """One exported directory. Without `verification`, it was not asked for."""
 
     format: str
     path: str
@@ -537,6 +554,7 @@ class Artifact(Strict):
     sha256: str | None = None
     files: list[ArtifactFile] = []
     tensors: TensorLedger | None = None
+    verification: Verification | None = None
 
 
 class Acceptances(Strict):

@@ -481,6 +481,18 @@ def tensors(report: Mapping[str, Any]) -> Table:
     )
 
 
+def verified(artifact: Mapping[str, Any]) -> str:
+    """What loaded an artifact and computed from it what was evaluated."""
+    found = artifact.get("verification")
+    if found is None or not found["verified"]:
+        return "unverified" + (f": {found['why']}" if found and found["why"] else "")
+    return (
+        f"{found['consumer']} {found['version'] or ''}: "
+        f"{figures.percent(found['greedy_agreement'], 0)} of greedy tokens, logits within "
+        f"{found['max_logit_difference']:.2g}"
+    )
+
+
 def artifacts(report: Mapping[str, Any]) -> Table:
     """The exported directories."""
     rows = [
@@ -489,6 +501,7 @@ def artifacts(report: Mapping[str, Any]) -> Table:
             artifact["format"],
             artifact["path"],
             artifact["sha256"] or figures.MISSING,
+            verified(artifact),
             figures.size(artifact["size_bytes"]),
         )
         for variant in report["variants"]
@@ -496,9 +509,9 @@ def artifacts(report: Mapping[str, Any]) -> Table:
     ]
     return Table(
         "Artifacts",
-        ("Variant", "Format", "Path in the run", "SHA-256", "Size"),
+        ("Variant", "Format", "Path in the run", "SHA-256", "Verified by", "Size"),
         tuple(rows),
-        text_columns=4,
+        text_columns=5,
     )
 
 
