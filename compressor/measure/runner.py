@@ -149,9 +149,10 @@ def measure(
     ``list_prices`` {variant: of an address that is paid by the token}, ``economics`` {variant:
     scenarios, sensitivity, ... at one point}, ``engines`` {variant: facts},
     ``samples`` {variant: path, sha256, requests}, ``loads`` (what each load took: generator's
-    share of a CPU, lateness, energy, and what the engine counted of drafts where it speculates), ``probes`` {variant: what was tried}, ``errors`` {variant:
-    message of those that failed}, ``artifact_bytes``, ``device`` and ``dimensions`` (None where
-    not known), ``seconds``, ``notes``.
+    share of a CPU, lateness, energy, drafts counted by an engine that speculates), ``probes``
+    {variant: what was tried}, ``errors`` {variant: message of those that failed},
+    ``artifact_bytes``, ``device`` and ``dimensions`` (None where not known), ``seconds``,
+    ``notes``.
 
     Raises RunError when the baseline fails, RecipeError when the prices cannot be used.
     """

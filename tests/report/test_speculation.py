@@ -36,8 +36,8 @@ def made(**changes: Any) -> dict[str, Any]:
         "seconds": {"corpus": 10.0, "features": 2.0, "speculate": 30.0},
         "losses": [3.0, 2.5, 2.0, 1.9, 1.8, 1.7],
         "evaluations": [
-            {"step": 0, "score": 1.0, "top": [[0.1, 0.2, 0.2, 0.2, 0.3], [0.0, 0.1, 0.1, 0.1, 0.1]]},
-            {"step": 6, "score": 1.4, "top": [[0.4, 0.5, 0.5, 0.5, 0.6], [0.2, 0.3, 0.3, 0.3, 0.4]]},
+            {"step": 0, "score": 1.0, "top": [[0.1, 0.2, 0.2, 0.3], [0.0, 0.1, 0.1, 0.1]]},
+            {"step": 6, "score": 1.4, "top": [[0.4, 0.5, 0.5, 0.6], [0.2, 0.3, 0.3, 0.4]]},
         ],
         "prompts": "builtin:prompts",
         "results": {"chain": result(), "tree": result(tokens_per_step=1.9)},
