@@ -235,8 +235,10 @@ def _axes(before: _Run, after: _Run, variant: str, tolerance: float) -> Iterator
             yield Comparison(
                 variant, QUALITY, result.task, None, None, None, None, None, None, False, note
             )
-    kept = [[result for result in results if result.task in same] for results in (new, old)]
-    for row in retained_quality(*kept, (), (), tolerance):
+    own, reference = (
+        [result for result in results if result.task in same] for results in (new, old)
+    )
+    for row in retained_quality(own, reference, (), (), tolerance):
         if row["overall"]:
             loss = row["loss"]
             yield _judged(
@@ -312,10 +314,10 @@ def write_junit(found: Sequence[Comparison], path: Path) -> None:
 
     Raises RunError when the file cannot be written.
     """
-    root = ElementTree.Element("testsuites", name="compress compare", **_counts(found))
+    root = ElementTree.Element("testsuites", {"name": "compress compare"} | _counts(found))
     for variant in dict.fromkeys(one.variant for one in found):
         own = [one for one in found if one.variant == variant]
-        suite = ElementTree.SubElement(root, "testsuite", name=variant, **_counts(own))
+        suite = ElementTree.SubElement(root, "testsuite", {"name": variant} | _counts(own))
         for one in own:
             case = ElementTree.SubElement(
                 suite, "testcase", classname=f"{variant}.{one.kind}", name=_printable(one.name)

@@ -81,8 +81,9 @@ def served(context: Context) -> dict[str, Any]:
         c["variables"],
     )
     with context.progress.task(title, None), server:
-        result = _ask(context, _Served(f"{server.url}/v1", SERVED_NAME, None), loaded)
-        return result | {"engine": server.metadata()}
+        facts = server.metadata()
+        served = _Served(f"{server.url}/v1", SERVED_NAME, None)
+        return _ask(context, served, loaded, facts["max_model_len"]) | {"engine": facts}
 
 
 class _Served:
@@ -131,12 +132,15 @@ class _Served:
         )
 
 
-def _ask(context: Context, served: _Served, loaded: list[LoadedTask]) -> dict[str, Any]:
+def _ask(
+    context: Context, served: _Served, loaded: list[LoadedTask], most: str | None = None
+) -> dict[str, Any]:
+    """The tasks' results; ``most`` is the server's longest sequence [tokens], where it said it."""
     from transformers import AutoConfig
 
     tokenizer = context.tokenizer()
     text = AutoConfig.from_pretrained(context.model_dir).get_text_config(decoder=True)
-    longest = getattr(text, "max_position_embeddings", None) or 2048
+    longest = int(most or getattr(text, "max_position_embeddings", None) or 2048)
     lm = served.lm(context.model_dir, longest, tokenizer)
     try:
         return _run(context, lm, loaded, tokenizer)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from compressor.errors import RecipeError
 from compressor.evaluate.samples import read_samples
+from compressor.recipe import load_recipe
 from compressor.record import write_manifest
 from compressor.verify import verify
 from tests.completions import serving
@@ -110,12 +112,22 @@ def test_a_wrong_task_is_refused_before_anything_runs(
     assert not (project / "runs").exists()
 
 
-def test_tasks_that_are_asked_of_a_server_need_one(project: Path) -> None:
-    made = recipe()
-    made["evaluate"] = {**made["evaluate"], "tasks_served": True}
-    write(project, made)
-    done = compress(project, "plan", "recipe.yaml")
-    assert done.returncode == 2 and "engine vllm or endpoint" in done.stderr
+def test_tasks_that_cannot_be_computed_as_asked_are_refused(project: Path) -> None:
+    endpoint = {"url": "https://example.com/v1", "model": "m", "chat": True}
+    chat = {"engine": "endpoint", "endpoints": {"baseline": endpoint}}
+    for changes, settings, words in (
+        ({}, {"tasks_served": True}, "engine vllm or endpoint"),
+        ({"measure": chat}, {"tasks_served": True}, "gives no log-probabilities"),
+        (
+            {"variants": {"nf4": {"quantize": ["bitsandbytes"]}}},
+            {"tasks_dtype": "bfloat16"},
+            "nf4 is evaluated in float32",
+        ),
+    ):
+        made = recipe(**changes)
+        made["evaluate"] = {**made["evaluate"], **settings}
+        with pytest.raises(RecipeError, match=words):
+            load_recipe(write(project, made))
 
 
 def test_an_endpoint_gives_the_figures_of_the_model_that_it_serves(
@@ -124,7 +136,6 @@ def test_an_endpoint_gives_the_figures_of_the_model_that_it_serves(
     """Through a real HTTP interface; the key comes from the environment."""
     from compressor.plan import make_plan
     from compressor.progress import SilentProgress
-    from compressor.recipe import load_recipe
     from compressor.run import _Outcome, _run_stage
     from compressor.store import Store
 

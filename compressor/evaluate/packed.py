@@ -30,8 +30,8 @@ NAME = "packed_trees"
 HEAD_ROWS = 256  # positions whose logits are in memory at once
 _UNSUPPORTED = ("softcap", "position_bias", "s_aux", "cache")  # arguments that change the scores
 # Largest relative difference of hidden states that the trial of `can_pack` may show, by the dtype's
-# bits: float32 differs in the order of sums, bfloat16 in rounding besides.
-_ERROR = {32: 1e-3, 16: 0.05}
+# bits: sums in another order, which activations in 8 bits may round to the next number.
+_ERROR = {32: 0.01, 16: 0.05}
 
 Scored = tuple[float, bool]
 
