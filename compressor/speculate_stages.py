@@ -222,7 +222,7 @@ def export(context: Context, provenance: dict[str, Any], directory: Path) -> Non
         draft.export(trained.path / DRAFT, context.model_dir, provenance, directory)
 
 
-def speculative_config(settings: dict[str, Any], directory: Path | None) -> str:
+def serving_flags(settings: dict[str, Any], directory: Path | None) -> tuple[str, ...]:
     """What vLLM is told of a variant's speculation.
 
     Args:
@@ -237,7 +237,7 @@ def speculative_config(settings: dict[str, Any], directory: Path | None) -> str:
             "prompt_lookup_min": options["shortest"],
             "prompt_lookup_max": options["longest"],
         }
-    return vllm.speculative_config(settings["method"], settings["depth"], directory, **lookup)
+    return vllm.serving_flags(settings["method"], settings["depth"], directory, **lookup)
 
 
 def target(context: Context) -> Any:

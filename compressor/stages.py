@@ -483,10 +483,10 @@ def measure(context: Context) -> dict[str, Any]:
         elif settings.engine == "vllm":
             if name in context.config.get("speculate", {}):
                 found = speculators.get(name)
-                draft = speculate_stages.speculative_config(
+                flags = speculate_stages.serving_flags(
                     context.config["speculate"][name], found.path / "artifact" if found else None
                 )
-                own = replace(own, flags=(*own.flags, "--speculative-config", draft))
+                own = replace(own, flags=(*own.flags, *flags))
             variants[name] = fleet.vllm(directory, log, own)
         elif settings.engine == "llama.cpp":
             (file,) = directory.glob("*.gguf")

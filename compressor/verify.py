@@ -673,10 +673,24 @@ def _check_report(run: _Run, check: Check) -> None:
     for key in VOLATILE:
         recorded.pop(key, None)
         made.pop(key, None)
-    check.expect(name, "", recorded, made)
+    check.expect(name, "", recorded, _known(recorded, made))
     written = run.json(record.RUN)["compressor_version"]
     if written != __version__:
         check.note = f"written by version {written}, checked by {__version__}"
+
+
+def _known(recorded: Any, made: Any) -> Any:
+    """What is made now without keys that say nothing and that the record does not have: a report of
+    an earlier version lacks those that came later."""
+    if isinstance(recorded, dict) and isinstance(made, dict):
+        return {
+            key: _known(recorded.get(key), value)
+            for key, value in made.items()
+            if key in recorded or value not in (None, [], {})
+        }
+    if isinstance(recorded, list) and isinstance(made, list) and len(recorded) == len(made):
+        return [_known(one, other) for one, other in zip(recorded, made, strict=True)]
+    return made
 
 
 def _check_rendered(run: _Run, check: Check) -> None:

@@ -271,6 +271,23 @@ def test_edited_figure_of_the_report_is_named(run: Path, key: str, change: Any) 
     assert ("report/report.json", key) in named(run)
 
 
+def test_report_of_an_earlier_version_may_lack_keys_that_say_nothing_and_no_others(
+    run: Path,
+) -> None:
+    path = run / "report" / "report.json"
+
+    def older(report: dict[str, Any]) -> None:
+        for variant in report["variants"]:
+            del variant["speculation"]  # none speculates
+
+    edit(path, older)
+    write_manifest(run)
+    assert named(run) == {}
+    edit(path, lambda report: report["variants"][1].pop("size_bytes"))
+    write_manifest(run)
+    assert set(named(run)) == {("report/report.json", "variants[1].size_bytes")}
+
+
 def test_forged_score_of_one_token_changes_the_quality(run: Path) -> None:
     from safetensors.numpy import load_file, save_file
 

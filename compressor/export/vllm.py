@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 
 _NAMES = {"draft": "draft_model"}
+# vLLM (0.32) counts a Medusa head's `token_map` among the weights that were not loaded, though its
+# loader has read it (model_executor/models/medusa.py), and stops; this turns the count off.
+_UNCHECKED = ("--model-loader-extra-config", json.dumps({"enable_weights_track": False}))
 
 
 def speculative_config(
@@ -22,3 +25,20 @@ def speculative_config(
     model = {} if directory is None else {"model": str(directory)}
     method = _NAMES.get(method, method)
     return json.dumps({"method": method, **model, "num_speculative_tokens": tokens, **lookup})
+
+
+def serving_flags(
+    method: str, tokens: int, directory: Path | None = None, **lookup: int
+) -> tuple[str, ...]:
+    """The flags that vLLM serves a target with a speculator with; arguments as of
+    `speculative_config`."""
+    flags = ("--speculative-config", speculative_config(method, tokens, directory, **lookup))
+    if directory is not None and method == "medusa" and _reduced(directory):
+        flags += _UNCHECKED
+    return flags
+
+
+def _reduced(directory: Path) -> bool:
+    """Whether exported Medusa heads know a part of the vocabulary only."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return bool(config["truncated_vocab_size"] < config["vocab_size"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -149,9 +149,10 @@ def measure(
     ``list_prices`` {variant: of an address that is paid by the token}, ``economics`` {variant:
     scenarios, sensitivity, ... at one point}, ``engines`` {variant: facts},
     ``samples`` {variant: path, sha256, requests}, ``loads`` (what each load took: generator's
-    share of a CPU, lateness, energy), ``probes`` {variant: what was tried}, ``errors`` {variant:
-    message of those that failed}, ``artifact_bytes``, ``device`` and ``dimensions`` (None where
-    not known), ``seconds``, ``notes``.
+    share of a CPU, lateness, energy, drafts counted by an engine that speculates), ``probes``
+    {variant: what was tried}, ``errors`` {variant: message of those that failed},
+    ``artifact_bytes``, ``device`` and ``dimensions`` (None where not known), ``seconds``,
+    ``notes``.
 
     Raises RunError when the baseline fails, RecipeError when the prices cannot be used.
     """
@@ -175,8 +176,10 @@ def measure(
                 engine = fleet.use(name)
                 if engine is not None:
                     try:
+                        before = _drafted(engine)
                         with EnergyMeter(device=device, declared_watts=prices.watts) as meter:
                             result = _load(engine, workload, settings, point, turn)
+                        drafted = _since(before, _drafted(engine))
                     except FAILURES as error:
                         fleet.fail(name, error)
                     else:
@@ -186,7 +189,7 @@ def measure(
                         ]
                         loads.append(
                             _load_facts(result, settings, name, point, turn)
-                            | {"energy": meter.result.to_dict()}
+                            | {"energy": meter.result.to_dict(), "drafted": drafted}
                         )
                         fleet.check(name, result)
                 task.advance(1)
@@ -269,6 +272,25 @@ def _load_facts(
         "generator_cpu_s": result.cpu_s if own else None,
         "generator_max_lateness_s": result.max_lateness_s,
     }
+
+
+def _drafted(engine: ServedEngine) -> dict[str, Any] | None:
+    """What the engine has counted of drafts so far; None where it counts none."""
+    count: Callable[[], dict[str, Any] | None] = getattr(engine, "drafted", lambda: None)
+    return count()
+
+
+def _since(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The counts of a load: a server that speculates has counters from its start on."""
+    if before is None or after is None:
+        return after
+    earlier = before["accepted_by_position"] + [0] * len(after["accepted_by_position"])
+    by_position = [
+        now - then for now, then in zip(after["accepted_by_position"], earlier, strict=False)
+    ]
+    return {
+        name: after[name] - before[name] for name in ("drafts", "draft_tokens", "accepted_tokens")
+    } | {"accepted_by_position": by_position}
 
 
 def available_cpus() -> int:

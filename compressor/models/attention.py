@@ -2,8 +2,9 @@
 
 torch's CPU kernel works on tiles too small for the matrix units' full rate and spends as much on a
 causal mask as on none. Here queries go in chunks, each against the keys up to its end only, in
-plain matrix products; heads that share keys are rows of one product. Everything that is not a plain
-causal pass (masks, sliding windows, gradients, other devices) goes to the library's `sdpa`.
+plain matrix products; heads that share keys are rows of one product. The same for a few new tokens
+under a mask (a tree of candidates). All else (gradients, other devices, other masks) goes to the
+library's `sdpa`.
 
 A module that has a handler (`HANDLER`) is given its keys and values by it: see `kv_cache.py`.
 """
@@ -51,6 +52,31 @@ def chunked_causal_attention(
     return out.view(batch, length, heads, -1)
 
 
+def masked_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """softmax(scale Q K^T + mask) V; heads that share keys are rows of one product, so that no key
+    is copied for them.
+
+    Args:
+        query: [batch, heads, new, width].
+        key: [batch, heads of keys, length, width], their number a divisor of ``heads``.
+        value: [batch, heads of keys, length, width of values].
+        mask: float [batch or 1, 1, new, length], added to the scores.
+        scale: of the scores.
+
+    Returns:
+        [batch, new, heads, width of values].
+    """
+    batch, heads, new, width = query.shape
+    shared, length = key.shape[1], key.shape[2]
+    rows = (query * scale).reshape(batch, shared, -1, width)
+    scores = (rows @ key.transpose(-1, -2)).view(batch, shared, -1, new, length)
+    scores += mask[:, :, None]
+    mixed = torch.softmax(scores, -1).view(batch, shared, -1, length) @ value
+    return mixed.view(batch, heads, new, -1).transpose(1, 2).contiguous()
+
+
 def _forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -67,18 +93,18 @@ def _forward(
     if handler is not None:
         key, value = handler(key, value)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    plain = (
-        attention_mask is None
-        and causal
-        and query.device.type == "cpu"
-        and 1 < query.shape[2] == key.shape[2]
+    usual = (
+        query.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not dropout
         and all(kwargs.get(name) is None for name in ("softcap", "position_bias", "cache", "s_aux"))
     )
-    if plain:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if usual and attention_mask is None and causal and 1 < query.shape[2] == key.shape[2]:
         return chunked_causal_attention(query, key, value, scale), None
+    if usual and _shares_keys_under(attention_mask, query, key):
+        assert attention_mask is not None
+        return masked_attention(query, key, value, attention_mask, scale), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(
@@ -91,6 +117,20 @@ def _forward(
         scaling=scaling,
         is_causal=is_causal,
         **kwargs,
+    )
+
+
+def _shares_keys_under(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether heads share keys under an additive mask that is the same for all of them, in a pass
+    of few enough tokens to hold all scores."""
+    return (
+        mask is not None
+        and mask.is_floating_point()
+        and mask.ndim == 4
+        and mask.shape[1] == 1
+        and mask.shape[2:] == (query.shape[2], key.shape[2])
+        and key.shape[1] < query.shape[1]
+        and query.shape[2] <= _CHUNK
     )
 
 

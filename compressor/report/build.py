@@ -87,6 +87,8 @@ def build_report(
             row["serving"] = copy.deepcopy(measured.get("serving", {}).get(row["name"]))
             row["performance"] = copy.deepcopy(measured["performance"].get(row["name"], []))
             row["split"] = copy.deepcopy(measured.get("split", {}).get(row["name"], []))
+            if row.get("speculation"):
+                row["speculation"]["served"] = _served(measured["loads"], row["name"])
         all_notes += measured["notes"]
         all_notes += [
             f"{name} could not be measured: {message}"
@@ -128,6 +130,32 @@ def build_report(
         report["estimates"] = report_estimates(report, measured)
     report["verdict"] = make_verdict(report, quality_limit)
     return validate_report(report)
+
+
+def _served(loads: Sequence[Mapping[str, Any]], variant: str) -> list[dict[str, Any]]:
+    """What the engine counted of a variant's drafts, by point of the load, all rounds together."""
+    from compressor.speculate.acceptance import Acceptance
+
+    points: dict[tuple[int, float | None], list[Mapping[str, Any]]] = {}
+    for load in loads:
+        if load["variant"] == variant and not load["part"] and load.get("drafted"):
+            key = (load["concurrency"], load["rate_per_s"])
+            points.setdefault(key, []).append(load["drafted"])
+    rows = []
+    for (concurrency, rate), counts in points.items():
+        found = Acceptance.total(counts)
+        if found.drafts:
+            rows.append(
+                {
+                    "concurrency": concurrency,
+                    "rate_per_s": rate,
+                    "drafts": found.drafts,
+                    "tokens_per_draft": found.mean_length,
+                    "rate": found.rate,
+                    "accepted_by_position": found.rates_by_position,
+                }
+            )
+    return rows
 
 
 # Kinds of stages whose time a variant has to pay back.

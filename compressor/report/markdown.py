@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compressor.report import coverage, tables
@@ -38,13 +38,9 @@ def table_markdown(table: Table) -> str:
 
 
 def render_markdown(
-    report: Mapping[str, Any],
-    caption: str | None,
-    allocation: str | None = None,
-    waterfall: str | None = None,
+    report: Mapping[str, Any], pictures: Sequence[tuple[str, str, str]] = ()
 ) -> str:
-    """The whole page; `caption`, `allocation` and `waterfall` are the plots', None when there is no
-    plot."""
+    """The whole page; of each picture its file, what it shows, and its caption."""
     verdict = report["verdict"]
     title = escape(report["title"].replace("\n", " "))
     parts = [f"# {title}", f"**{escape(verdict['sentence'])}**"]
@@ -53,12 +49,8 @@ def render_markdown(
     if warnings := coverage.warnings(report):
         parts.append("\n".join(f"- **Warning:** {escape(line)}" for line in warnings))
     parts.append(table_markdown(tables.summary(report)))
-    if caption:
-        parts += ["![Quality against cost](quality_cost.svg)", f"*{escape(caption)}*"]
-    if allocation:
-        parts += ["![Bits by layer](allocation.svg)", f"*{escape(allocation)}*"]
-    if waterfall:
-        parts += ["![What each technique gained](waterfall.svg)", f"*{escape(waterfall)}*"]
+    for file, shows, caption in pictures:
+        parts += [f"![{shows}]({file})", f"*{escape(caption)}*"]
     for table in tables.body(report):
         parts += [f"## {escape(table.title)}", table_markdown(table)]
     assumptions = (report["prices"] or {}).get("assumptions") or []

@@ -450,12 +450,27 @@ class SpeculationTime(Strict):
     seconds: float
 
 
+class ServedDrafts(Strict):
+    """What the measured engine itself counted of drafts at one point of the load.
+
+    `tokens_per_draft`: the target's own token included (vLLM: mean acceptance length); `rate`:
+    share of the candidates that were accepted.
+    """
+
+    concurrency: int
+    rate_per_s: float | None = None
+    drafts: int
+    tokens_per_draft: float
+    rate: float
+    accepted_by_position: list[float]
+
+
 class Speculation(Strict):
     """A variant's speculator.
 
     `losses`: per predicted token, by optimizer step; `evaluations`: on the samples held out, with
     the step and the accuracies ``top`` of each head; `results`: by way to propose (chain, tree);
-    `tree`: its nodes as ranks of guesses.
+    `tree`: its nodes as ranks of guesses; `served`: by point of the measured load.
     """
 
     method: str
@@ -469,6 +484,7 @@ class Speculation(Strict):
     results: dict[str, Acceptances]
     tree: list[list[int]] | None = None
     times: list[SpeculationTime] = []
+    served: list[ServedDrafts] = []
 
 
 class Variant(Strict):

@@ -14,7 +14,7 @@ NAMES = {"medusa": "Medusa", "eagle3": "EAGLE-3", "draft": "draft model", "ngram
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
     """All of them; empty ones are left out by the caller."""
-    return [acceptance(report), heads(report), times(report)]
+    return [acceptance(report), served(report), heads(report), times(report)]
 
 
 def acceptance(report: Mapping[str, Any]) -> Table:
@@ -47,6 +47,41 @@ def acceptance(report: Mapping[str, Any]) -> Table:
         "answers that are the target's own token by token; where others part from it, its best two "
         "logits were as close as given, which the order of sums decides.",
     )
+
+
+def served(report: Mapping[str, Any]) -> Table:
+    """What the engine counted, beside what our own decoder found for a chain."""
+    rows = []
+    for variant, found in _speculating(report):
+        own = found["results"].get("chain")
+        expected = 1 + math.fsum(own["accepted_by_position"]) if own else None
+        for row in found["served"]:
+            load = row["rate_per_s"]
+            rows.append(
+                (
+                    variant,
+                    f"{row['concurrency']} at once" if load is None else f"{load:g} per second",
+                    str(row["drafts"]),
+                    f"{row['tokens_per_draft']:.2f}",
+                    "–" if expected is None else f"{expected:.2f}",
+                    "–"
+                    if expected is None
+                    else figures.percent(row["tokens_per_draft"] / expected - 1, 1),
+                    " / ".join(f"{share:.0%}" for share in row["accepted_by_position"]),
+                )
+            )
+    return Table(
+        "Drafts in the engine",
+        (
+            "Variant", "Load", "Drafts", "Tokens per draft", "Our decoder", "Difference",
+            "Accepted by place",
+        ),
+        tuple(rows),
+        text_columns=2,
+        note="Counted by the measured engine, a chain of guesses: tokens per draft that it made, "
+        "the target's own included, beside those of our decoder, which runs in float32 and on "
+        "prompts of its own choice.",
+    )  # fmt: skip
 
 
 def heads(report: Mapping[str, Any]) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,22 @@ from compressor.report.build import validate_report
 from compressor.report.heatmap import allocation_plot
 from compressor.report.html import render_html
 from compressor.report.markdown import render_markdown
-from compressor.report.plots import quality_cost_plot
+from compressor.report.plots import Plot, quality_cost_plot
+from compressor.report.speculation_plots import acceptance_plot, training_plot
 from compressor.report.waterfall import waterfall_plot
+
+# (file's name, what it shows, who draws it), in the order of the page
+_PLOTS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Plot | None]], ...] = (
+    ("quality_cost", "Quality against cost", quality_cost_plot),
+    ("allocation", "Bits by layer", allocation_plot),
+    ("waterfall", "What each technique gained", waterfall_plot),
+    ("acceptance", "Guesses accepted per step", acceptance_plot),
+    ("training", "Training of the speculators", training_plot),
+)
 
 
 def write_report(report: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Write ``index.html report.md report.json`` and ``quality_cost``, ``allocation`` and
-    ``waterfall`` as .svg and .png.
+    """Write ``index.html report.md report.json`` and the plots of `_PLOTS` as .svg and .png.
 
     A plot's files are left out (and old ones removed) when there is nothing to plot. Equal
     reports give byte-identical files. Returns the paths; RunError when the report is malformed or
@@ -26,15 +35,13 @@ def write_report(report: Mapping[str, Any], directory: Path) -> list[Path]:
     """
     report = validate_report(report)
     directory = Path(directory)
-    plots = {
-        "quality_cost": quality_cost_plot(report),
-        "allocation": allocation_plot(report),
-        "waterfall": waterfall_plot(report),
-    }
-    captions = [plot.caption if plot else None for plot in plots.values()]
+    plots = {name: draw(report) for name, _, draw in _PLOTS}
+    pictures = [
+        (f"{name}.svg", title, plot.caption) for name, title, _ in _PLOTS if (plot := plots[name])
+    ]
     contents: dict[str, bytes | None] = {
         "index.html": render_html(report, *plots.values()).encode(),
-        "report.md": render_markdown(report, *captions).encode(),
+        "report.md": render_markdown(report, pictures).encode(),
         "report.json": (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode(),
     }
     for name, plot in plots.items():

@@ -1,27 +1,21 @@
 """What speculation gave: figures of what the target accepted, counted as vLLM counts them.
 
-vLLM serves counters at ``/metrics`` (``vllm/v1/spec_decode/metrics.py``): of drafts, of the tokens
-in them, of those accepted, and of those accepted by place in the draft. A step without candidates,
-such as of a text that prompt lookup finds nothing in, is no draft; tokens accepted behind the end
-of the output count. `Acceptance` holds the same counts, from our own decoding or read from there.
+vLLM serves counters at ``/metrics`` (``vllm/v1/spec_decode/metrics.py``; read by
+`measure.engines.vllm.drafted`): of drafts, of the tokens in them, of those accepted, and of those
+accepted by place in the draft. A step without candidates, such as of a text that prompt lookup
+finds nothing in, is no draft; tokens accepted behind the end of the output count. `Acceptance`
+holds the same counts, from our own decoding or of those.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from compressor.speculate.decoding import Decoded
-
-_PREFIX = "vllm:spec_decode_num_"
-_LINE = re.compile(
-    rf"^{_PREFIX}(?P<name>\w+?)_total(?:\{{(?P<labels>.*)\}})?\s+(?P<value>\S+)", re.MULTILINE
-)
-_POSITION = re.compile(r'(?:^|,)\s*position="(\d+)"')
 
 
 @dataclass(frozen=True)
@@ -60,44 +54,18 @@ class Acceptance:
         )
 
     @classmethod
-    def from_metrics(cls, text: str) -> Acceptance:
-        """From vLLM's ``/metrics``, in Prometheus' text format; engines of one server are added.
-
-        Raises:
-            ValueError: the counters are not there: the server does not speculate.
-        """
-        totals: Counter[str] = Counter()
-        positions: Counter[int] = Counter()
-        for match in _LINE.finditer(text):
-            value = int(float(match["value"]))
-            if match["name"] == "accepted_tokens_per_pos":
-                place = _POSITION.search(match["labels"] or "")
-                if place is None:
-                    raise ValueError(f"a counter by position without one: {match[0]}")
-                positions[int(place[1])] += value
-            else:
-                totals[match["name"]] += value
-        if not {"drafts", "draft_tokens", "accepted_tokens"} <= set(totals):
-            raise ValueError(f"no counters {_PREFIX}*_total: the server does not speculate")
-        return cls(
-            totals["drafts"],
-            totals["draft_tokens"],
-            totals["accepted_tokens"],
-            tuple(positions[place] for place in range(max(positions, default=-1) + 1)),
+    def total(cls, counts: Iterable[Mapping[str, Any]]) -> Acceptance:
+        """The sum of counts, each a mapping with the attributes' names."""
+        rows = list(counts)
+        places = max((len(row["accepted_by_position"]) for row in rows), default=0)
+        by_position = [0] * places
+        for row in rows:
+            for place, count in enumerate(row["accepted_by_position"]):
+                by_position[place] += count
+        drafts, draft_tokens, accepted = (
+            sum(row[name] for row in rows) for name in ("drafts", "draft_tokens", "accepted_tokens")
         )
-
-    def __sub__(self, earlier: Acceptance) -> Acceptance:
-        """What was counted since an earlier reading of the same counters."""
-        places = max(len(self.accepted_by_position), len(earlier.accepted_by_position))
-        mine, theirs = (
-            (*each.accepted_by_position, *[0] * places)[:places] for each in (self, earlier)
-        )
-        return Acceptance(
-            self.drafts - earlier.drafts,
-            self.draft_tokens - earlier.draft_tokens,
-            self.accepted_tokens - earlier.accepted_tokens,
-            tuple(a - b for a, b in zip(mine, theirs, strict=True)),
-        )
+        return cls(drafts, draft_tokens, accepted, tuple(by_position))
 
     @property
     def mean_length(self) -> float:

@@ -17,6 +17,7 @@ from compressor.speculate.cached import CachedModel
 from compressor.speculate.decoding import Decoded, speculative_decode
 from compressor.speculate.proposer import Proposer
 
+_HOPELESS = 0.7  # of the plain speed: more sequences at once will not make up for that
 Raw = list[dict[str, Any]]  # what was decoded, one row for each prompt and configuration
 
 
@@ -106,7 +107,9 @@ def sweep(
     """Seconds that answers take, by how many sequences run at once and how far is guessed ahead.
 
     As many prompts are answered as sequences run at once, to ``output_length`` tokens each. The
-    configurations take turns, so that a machine that slows down slows them all.
+    configurations take turns, so that a machine that slows down slows them all. A way to propose
+    that stays below 0.7 of the plain speed at every depth is not tried with more sequences: each
+    of them leaves less of the target's pass to candidates.
 
     Args:
         target: what is decoded.
@@ -121,11 +124,12 @@ def sweep(
         rows of ``batch_size``, ``proposer`` (None: decoding without), ``depth``, ``tokens``,
         ``steps`` (of all sequences) and ``seconds``, prefill included.
     """
-    rows = []
-    for size in batch_sizes:
+    rows: list[dict[str, Any]] = []
+    hopeful = list(proposers)
+    for size in sorted(batch_sizes):
         chosen = prompts[:size]
         ways: list[tuple[str | None, int]] = [(None, 1)]
-        ways += [(name, depth) for name in proposers for depth in depths]
+        ways += [(name, depth) for name in hopeful for depth in depths]
         for name, depth in [ways[0], *ways]:  # the first once more: it warms up
             started = time.perf_counter()
             made = speculative_decode(
@@ -148,6 +152,11 @@ def sweep(
             )
             advance(f"{size} at once, {name or 'plain'} {depth if name else ''}".strip())
         del rows[-len(ways) - 1]
+        speeds: dict[str | None, float] = {}
+        for row in rows[-len(ways) :]:
+            speed = row["tokens"] / row["seconds"]
+            speeds[row["proposer"]] = max(speed, speeds.get(row["proposer"], 0.0))
+        hopeful = [name for name in hopeful if speeds[name] >= _HOPELESS * speeds[None]]
     return rows
 
 

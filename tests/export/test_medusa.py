@@ -20,7 +20,7 @@ from compressor.export.medusa import (
     export_vllm,
     load_medusa,
 )
-from compressor.export.vllm import speculative_config
+from compressor.export.vllm import serving_flags, speculative_config
 from compressor.speculate.medusa import MedusaHeads
 from compressor.store import file_sha256
 
@@ -204,6 +204,16 @@ def test_the_option_for_vllm_is_one_json_argument(tmp_path: Path) -> None:
         "model": str(tmp_path),
         "num_speculative_tokens": 4,
     }
+
+
+def test_a_reduced_vocabulary_is_served_without_the_count_of_weights(tmp_path: Path) -> None:
+    whole, reduced = made(), made(output="shared", token_map=TOKEN_MAP)
+    for name, heads in (("whole", whole), ("reduced", reduced)):
+        export_vllm(heads.state_dict(), heads.shape(), {}, tmp_path / name)
+    assert serving_flags("medusa", 3, tmp_path / "whole")[::2] == ("--speculative-config",)
+    name, value = serving_flags("medusa", 3, tmp_path / "reduced")[2:]
+    assert name == "--model-loader-extra-config"
+    assert json.loads(value) == {"enable_weights_track": False}
 
 
 def test_another_directory_is_refused(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def terminal(report: dict[str, Any]) -> str:
 def everywhere(report: dict[str, Any]) -> list[str]:
     """The forms that a person reads, without Markdown's escapes."""
     page = re.sub(r"&#39;", "'", render_html(report))
-    return [terminal(report), re.sub(r"\\", "", render_markdown(report, None)), page]
+    return [terminal(report), re.sub(r"\\", "", render_markdown(report)), page]
 
 
 def test_a_whole_artifact_warns_of_nothing(inputs: dict[str, Any]) -> None:

@@ -101,7 +101,7 @@ def test_hostile_text_is_shown_and_not_run(inputs: dict[str, Any]) -> None:
     assert "<script" not in text and "alert(1)" in text and "{{7*7}}" in text
     assert Page(text).open == []
     assert "<script" not in plot.svg
-    page = render_markdown(report, plot.caption)
+    page = render_markdown(report, [("quality_cost.svg", "Quality against cost", plot.caption)])
     assert "<script" not in page
     for line in page.splitlines():
         if line.startswith("| ") and "alert" in line:
@@ -114,7 +114,7 @@ def test_hostile_text_is_shown_and_not_run(inputs: dict[str, Any]) -> None:
 
 def test_markdown_tables_are_even(report: dict[str, Any]) -> None:
     width = None
-    for line in render_markdown(report, None).splitlines():
+    for line in render_markdown(report).splitlines():
         cells = len(re.findall(r"(?<!\\)\|", line))
         if line.startswith("|"):
             assert width in (None, cells)
@@ -127,7 +127,7 @@ def test_every_figure_of_the_summary_is_in_every_form(report: dict[str, Any]) ->
     plot = quality_cost_plot(report)
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(closing_table(report))
-    forms = [render_html(report, plot), render_markdown(report, None), console.export_text()]
+    forms = [render_html(report, plot), render_markdown(report), console.export_text()]
     point = report["variants"][1]["performance"][1]
     wanted = [
         figures.number(point["cost_usd_per_mtok_output"]["value"]),

@@ -18,38 +18,25 @@ from compressor.speculate.acceptance import (
 )
 from compressor.speculate.decoding import Decoded
 
-# As vLLM 0.32 serves them, of two engines.
-METRICS = """\
-# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
-# TYPE vllm:spec_decode_num_drafts_total counter
-vllm:spec_decode_num_drafts_total{engine="0",model_name="m"} 40.0
-vllm:spec_decode_num_drafts_total{engine="1",model_name="m"} 10.0
-# HELP vllm:spec_decode_num_drafts_created Number of spec decoding drafts.
-vllm:spec_decode_num_drafts_created{engine="0",model_name="m"} 1.7e+09
-vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="m"} 120.0
-vllm:spec_decode_num_draft_tokens_total{engine="1",model_name="m"} 30.0
-vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="m"} 50.0
-vllm:spec_decode_num_accepted_tokens_total{engine="1",model_name="m"} 1.2e+01
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="0"} 30.0
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="1"} 15.0
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="2"} 5.0
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="1",model_name="m",position="0"} 6.0
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="1",model_name="m",position="1"} 4.0
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="1",model_name="m",position="2"} 2.0
-vllm:generation_tokens_total{engine="0",model_name="m"} 112.0
-"""
 
-
-def test_vllms_counters_are_read() -> None:
-    found = Acceptance.from_metrics(METRICS)
+def test_counts_of_an_engine_are_added_up() -> None:
+    found = Acceptance.total(
+        [
+            {
+                "drafts": 40, "draft_tokens": 120, "accepted_tokens": 50,
+                "accepted_by_position": [30, 15, 5],
+            },
+            {
+                "drafts": 10, "draft_tokens": 30, "accepted_tokens": 12,
+                "accepted_by_position": [6, 4, 2],
+            },
+        ]
+    )  # fmt: skip
     assert found == Acceptance(50, 150, 62, (36, 19, 7))
     assert found.mean_length == pytest.approx(1 + 62 / 50)
     assert found.rate == pytest.approx(62 / 150)
     assert found.rates_by_position == pytest.approx([0.72, 0.38, 0.14])
-    later = Acceptance(60, 180, 70, (41, 21, 8, 0))
-    assert later - found == Acceptance(10, 30, 8, (5, 2, 1, 0))
-    with pytest.raises(ValueError, match="does not speculate"):
-        Acceptance.from_metrics("vllm:generation_tokens_total 3.0\n")
+    assert Acceptance.total([]) == Acceptance(0, 0, 0, ())
 
 
 @st.composite

@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -201,6 +201,11 @@ class ServerProcess:
         """GET and read the JSON answer; RunError when there is none."""
         return self._ask(urllib.request.Request(self.url + path), timeout)
 
+    def get_text(self, path: str, timeout: float = 10.0) -> str:
+        """GET and read an answer in plain text; RunError when there is none."""
+        request = urllib.request.Request(self.url + path)
+        return self._ask(request, timeout, lambda answer: answer.read().decode("utf-8"))
+
     def post(self, path: str, body: dict[str, Any], timeout: float = 300.0) -> dict[str, Any]:
         """POST JSON and read the JSON answer; RunError when there is none."""
         request = urllib.request.Request(
@@ -210,16 +215,21 @@ class ServerProcess:
         )
         return self._ask(request, timeout)
 
-    def _ask(self, request: urllib.request.Request, timeout: float) -> Any:
+    def _ask(
+        self,
+        request: urllib.request.Request,
+        timeout: float,
+        read: Callable[[Any], Any] = json.load,
+    ) -> Any:
         path = request.selector
         try:
             with _OPENER.open(request, timeout=timeout) as answer:
-                return json.load(answer)
+                return read(answer)
         except urllib.error.HTTPError as error:
             detail = error.read().decode("utf-8", "replace")[:500]
             raise RunError(f"{self.title} answered {error.code}: {detail}", where=path) from error
         except ValueError as error:
-            raise RunError(f"{self.title} answered no JSON: {error}", where=path) from error
+            raise RunError(f"{self.title} answered garbage: {error}", where=path) from error
         except (OSError, http.client.HTTPException) as error:  # it died, or hangs
             kind = type(error).__name__
             raise self.failed(f"{self.title} did not answer {path} ({kind})") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ _LOGGED = {
     "kv_cache_tokens": re.compile(r"KV cache size: ([\d,]+) tokens"),
 }
 _KERNEL = re.compile(r"\b(?:Using|Selected) (\w*Kernel\w*) for ")
+# What /metrics tells of speculation (vllm/v1/spec_decode/metrics.py).
+_COUNTER = re.compile(
+    r"^vllm:spec_decode_num_(?P<name>\w+?)_total(?:\{(?P<labels>.*)\})?\s+(?P<value>\S+)",
+    re.MULTILINE,
+)
+_POSITION = re.compile(r'(?:^|,)\s*position="(\d+)"')
 
 
 class VllmServer(ServerProcess):
@@ -119,6 +126,10 @@ class VllmServer(ServerProcess):
             "decoding": "greedy",
         }
 
+    def drafted(self) -> dict[str, Any] | None:
+        """What it has counted of drafts since it started, see `drafted`."""
+        return drafted(self.get_text("/metrics"))
+
     def complete(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Greedy token ids that follow a prompt of token ids."""
         body = {
@@ -130,6 +141,31 @@ class VllmServer(ServerProcess):
             "return_token_ids": True,
         }
         return self.post("/v1/completions", body)["choices"][0]["token_ids"]
+
+
+def drafted(metrics: str) -> dict[str, Any] | None:
+    """Counters of speculation in vLLM's ``/metrics``, Prometheus' text format; engines of one
+    server are added.
+
+    Returns:
+        ``drafts`` (steps with candidates), ``draft_tokens`` (candidates), ``accepted_tokens`` (of
+        them), ``accepted_by_position`` (drafts of which at least 1, 2, ... were accepted); None
+        where the server does not speculate.
+    """
+    totals: Counter[str] = Counter()
+    positions: Counter[int] = Counter()
+    for match in _COUNTER.finditer(metrics):
+        value = int(float(match["value"]))
+        place = _POSITION.search(match["labels"] or "")
+        if match["name"] != "accepted_tokens_per_pos":
+            totals[match["name"]] += value
+        elif place is not None:
+            positions[int(place[1])] += value
+    names = ("drafts", "draft_tokens", "accepted_tokens")
+    if not set(names) <= set(totals):
+        return None
+    by_position = [positions[place] for place in range(max(positions, default=-1) + 1)]
+    return {name: totals[name] for name in names} | {"accepted_by_position": by_position}
 
 
 def _last(pattern: re.Pattern[str], log: str) -> str | None:
