@@ -12,7 +12,6 @@ from compressor.export.serving import Command, serving
 from compressor.plan import SPECULATOR_FORMATS
 
 LICENCES = "licence"
-UNVERIFIED = "unverified"
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,10 @@ class Artifact:
 
     @property
     def verification(self) -> Mapping[str, Any]:
-        """What a real consumer said of it: ``verified`` is true, false, or says why it was not."""
-        proof = self.stages.get(self.stage["name"].replace("export:", "verify:", 1))
-        return proof["result"] if proof else {"verified": UNVERIFIED}
+        """What a consumer made of it: ``verified`` is true, false, or null where none tried, and
+        ``why`` says why not."""
+        stage = self.stages.get(self.stage["name"].replace("export:", "verify:", 1))
+        return stage["result"] if stage else {"verified": None, "why": ""}
 
     @property
     def target(self) -> str | None:
@@ -139,14 +139,12 @@ class Artifact:
         gate = self.facts.get("gate") or {}
         if gate.get("passed") is False:
             found.append("it did not pass the quality gate")
-        verified = self.verification["verified"]
-        if verified is False:
-            consumer = self.verification.get("consumer") or "its consumer"
-            found.append(f"{consumer} computes something else than this model")
-        elif verified is not True:
-            found.append(
-                "no consumer has verified it" + ("" if verified == UNVERIFIED else f" ({verified})")
-            )
+        told = self.verification
+        why = f" ({told['why']})" if told.get("why") else ""
+        if told["verified"] is False:
+            found.append(f"{told['consumer']} computes something else than this model{why}")
+        elif told["verified"] is not True:
+            found.append(f"no consumer has verified it{why}")
         return found
 
 

@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from compressor import __version__
 from compressor.export.serving import Command, fill
-from compressor.publish.artifacts import UNVERIFIED, Artifact
+from compressor.publish.artifacts import Artifact
 from compressor.report import coverage, tables
 from compressor.report.markdown import escape, table_markdown
 
@@ -151,15 +151,15 @@ def verification_words(artifact: Artifact) -> str:
     told = artifact.verification
     if told["verified"] is True:
         consumer = " ".join(str(told[key]) for key in ("consumer", "version") if told.get(key))
-        words = [f"Verified in {consumer or 'its consumer'}"]
+        words = [f"Verified in {consumer}"]
         if told.get("greedy_agreement") is not None:
             words.append(f"greedy tokens agree to {told['greedy_agreement']:.1%}")
         if told.get("max_logit_difference") is not None:
             words.append(f"largest difference of a logit {told['max_logit_difference']:.3g}")
         return ", ".join(words) + "."
+    why = f" ({told['why']})" if told.get("why") else ""
     if told["verified"] is False:
-        return f"NOT as it should be: {'; '.join(artifact.refusals())}."
-    why = "" if told["verified"] == UNVERIFIED else f" ({told['verified']})"
+        return f"NOT as it should be: {told['consumer']} computes something else{why}."
     return f"Unverified: no consumer has loaded it in the run that made it{why}."
 
 

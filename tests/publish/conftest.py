@@ -62,13 +62,23 @@ def run(made: Path, tmp_path: Path) -> Path:
     return copied
 
 
-def verify_all(run: Path, verified: Any) -> None:
-    """Write into the record what a consumer is supposed to have said of every artifact."""
+def verify_all(run: Path, verified: bool | None, why: str = "") -> None:
+    """Write into the record what a consumer is supposed to have said of every artifact; nothing
+    where ``why`` is ``absent``."""
     stages = json.loads((run / "stages.json").read_text())
-    for stage in stages:
-        if stage["kind"] == "export":
-            stage["result"]["verification"] = {"consumer": "a test", "verified": verified}
-    (run / "stages.json").write_text(json.dumps(stages))
+    kept = [stage for stage in stages if stage["kind"] != "verify"]
+    made = [
+        {
+            "name": stage["name"].replace("export:", "verify:"),
+            "kind": "verify",
+            "variant": stage["variant"],
+            "files": [],
+            "result": {"consumer": "a test", "version": None, "verified": verified, "why": why},
+        }
+        for stage in kept
+        if stage["kind"] == "export" and why != "absent"
+    ]
+    (run / "stages.json").write_text(json.dumps([*kept, *made]))
 
 
 @pytest.fixture

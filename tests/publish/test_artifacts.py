@@ -124,11 +124,14 @@ def test_weights_are_the_stores_own_file(made: Path) -> None:
 
 def changed(one: Artifact, origin: dict[str, Any], **verification: Any) -> Artifact:
     """The artifact with another source, or another record of verification."""
-    stage = json.loads(json.dumps(one.stage))
-    if verification:
-        stage["result"]["verification"] = verification
     stages = {**one.stages, "origin": {**one.stages["origin"], "result": origin}}
-    return dataclasses.replace(one, stage=stage, stages=stages)
+    if verification:
+        stages[one.stage["name"].replace("export:", "verify:")] = {
+            "kind": "verify",
+            "variant": one.variant,
+            "result": verification,
+        }
+    return dataclasses.replace(one, stages=stages)
 
 
 def test_what_is_not_known_is_said_and_not_invented(made: Path) -> None:
@@ -169,8 +172,8 @@ def test_verification_and_gate_decide_whether_it_may_be_published(made: Path) ->
     assert "Verified in llama.cpp 0.5, greedy tokens agree to 100.0%" in render(good)
     wrong = changed(one, origin, consumer="llama.cpp", verified=False)
     assert "computes something else" in wrong.refusals()[0] and "NOT as it should" in render(wrong)
-    absent = changed(one, origin, verified="not verified: no llama.cpp here")
-    assert "no llama.cpp here" in absent.refusals()[0]
+    absent = changed(one, origin, consumer="", verified=None, why="no llama.cpp here")
+    assert "no llama.cpp here" in absent.refusals()[0] and "no llama.cpp here" in render(absent)
     report = json.loads(json.dumps(one.report))
     for variant in report["variants"]:
         variant["gate"] = {"passed": variant["name"] != "int4"}
