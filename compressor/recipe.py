@@ -852,6 +852,17 @@ class Recipe(_Section):
     )
     _path: Path = PrivateAttr(default=Path())
 
+    @field_validator("export", mode="before")
+    @classmethod
+    def _no_onnx(cls, formats: Any) -> Any:
+        if isinstance(formats, list) and "onnx" in formats:
+            raise ValueError(
+                "ONNX is not written: the newest exporter (optimum-onnx 0.1.0) needs transformers "
+                "below 4.58. Export `safetensors`, and run `optimum-cli export onnx` on that in an "
+                "environment of its own"
+            )
+        return formats
+
     @model_validator(mode="before")
     @classmethod
     def _inherit(cls, value: Any) -> Any:

@@ -416,3 +416,42 @@ def test_what_gguf_cannot_hold_is_refused_before_the_run(
     with pytest.raises(RecipeError, match=match):
         load(tmp_path, GOOD.replace("group_size: 64", f"group_size: 64{change}") + more
              + "export: [gguf]\n")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fmt", "change", "more", "match"),
+    [
+        ("gptq", "", "    kv_cache: fp8\n", "no scales of cached keys"),
+        ("gptq", "scheme: W8A8", "", "holds no W8A8: use W2A16 or W4A16 or W8A16"),
+        ("awq", "scheme: W8A16", "", "holds no W8A16"),
+        ("awq", "", "    lm_head: {}\n", "holds no such output layer"),
+        ("awq", "", "    precision: {mean_bits: 5}\n", "one scheme for all layers"),
+        ("awq", "desc_act: true, static_groups: false", "", "set static_groups beside"),
+        ("safetensors", "", "gptq: {}\n", "add gptq to `export:`"),
+        ("onnx", "", "", "optimum-onnx"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused_before_the_run(
+    tmp_path: Path, fmt: str, change: str, more: str, match: str
+) -> None:
+    key = change.partition(":")[0]
+    options = "scheme: W4A16, group_size: 64"
+    if key == "scheme":
+        options = change
+    elif change:
+        options += f", {change}"
+    text = GOOD.replace("scheme: W4A16, group_size: 64", options) + more
+    with pytest.raises(RecipeError, match=match):
+        load(tmp_path, f"{text}export: [{fmt}]\n")
+
+
+def test_what_is_imported_is_not_quantized_again(tmp_path: Path) -> None:
+    own = "      - gptq: {scheme: W4A16, group_size: 64}\n"
+    given = "    import: {source: theirs}\n"
+    made = load(tmp_path, GOOD.replace("    quantize:\n" + own, given))
+    assert made.variants["int4"].imported.source == "theirs"  # type: ignore[attr-defined]
+    lock = made.lock()  # type: ignore[attr-defined]
+    assert lock["variants"]["int4"]["import"] == {"source": "theirs", "revision": None}
+    assert load(tmp_path, yaml.safe_dump(lock)).lock() == lock  # type: ignore[attr-defined]
+    with pytest.raises(RecipeError, match="`quantize:` or `import:`"):
+        load(tmp_path, GOOD + given)
