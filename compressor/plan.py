@@ -353,7 +353,8 @@ class _Builder:
                 variant=name,
             )
             head = variant.lm_head is not None
-            for fmt in recipe.export if library is None else (library.format,):
+            formats: Sequence[str] = recipe.export if library is None else (library.format,)
+            for fmt in formats:
                 inputs = [*source, quantized[owner]]
                 exports.append(self._export(name, fmt, inputs, head=head, owner=owner))
         if recipe.evaluate is not None and texts and baseline_scores:
@@ -583,7 +584,7 @@ class _Builder:
     ) -> str:
         """`owner` is the variant whose artifact this one shares; its own where not given."""
         owner = owner or variant
-        config = {"variant": owner, "format": fmt}
+        config: dict[str, Any] = {"variant": owner, "format": fmt}
         options = self.recipe.gguf
         if fmt == "gguf" and owner != BASELINE and options and options.embeddings != "stored":
             config["embeddings"] = options.embeddings

@@ -1255,6 +1255,8 @@ def recipe_schema() -> dict[str, Any]:
     steps["items"] = {"anyOf": [steps["items"], by_name]}
     speculate = schema["$defs"]["Variant"]["properties"]["speculate"]
     speculate["anyOf"].append({"type": "string", "enum": list(_BY_NAME)})
+    tasks = schema["$defs"]["Evaluate"]["properties"]["tasks"]
+    tasks["items"] = {"anyOf": [tasks["items"], {"type": "string", "minLength": 1}]}
     return schema
 
 

@@ -74,7 +74,7 @@ def test_a_moved_run_holds_and_says_what_was_compared(run: Path) -> None:
     assert found.ok, [one.sentence for one in found.failures]
     counts = {check.name: check.count for check in found.checks}
     assert counts.pop("acceptance recomputed") == 0  # no variant speculates
-    assert counts.pop("task samples and gate") == 0  # nor are there tasks or limits
+    assert counts.pop("task figures recomputed") == counts.pop("gate") == 0  # nor tasks, limits
     assert all(counts.values()), counts
     assert counts["performance figures recomputed"] > 150
     assert counts["quality figures recomputed"] > 3 * 40

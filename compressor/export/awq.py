@@ -57,7 +57,7 @@ def export(
     directory.mkdir(parents=True, exist_ok=True)
     config, schemes = write_weights(model_dir, quantized, tensors, directory, replaced=replaced)
     sizes = {
-        scheme.weights.group_size if scheme.weights.strategy == "group" else -1
+        (scheme.weights.group_size or -1) if scheme.weights.strategy == "group" else -1
         for scheme in schemes.values()
     }
     if len(sizes) > 1:

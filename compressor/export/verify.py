@@ -9,6 +9,8 @@ activations in 8, and may choose otherwise where two tokens are nearly equally l
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -219,13 +221,15 @@ def _by_transformers(
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, facts = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=torch.float32,
-            local_files_only=True,
-            output_loading_info=True,
-            **arguments,
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # bars of the libraries that it loads with
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                **arguments,
+            )
+        model, facts = loaded
         if unread := [*facts["missing_keys"], *facts["mismatched_keys"]]:
             raise _CannotRead(f"{name} finds no weight for {len(unread)} parameters of it")
         model.eval()

@@ -33,9 +33,8 @@ def serving_flags(
     """The flags that vLLM serves a target with a speculator with; arguments as of
     `speculative_config`."""
     flags = ("--speculative-config", speculative_config(method, tokens, directory, **lookup))
-    if directory is not None and method == "medusa" and _reduced(directory):
-        flags += _UNCHECKED
-    return flags
+    reduced = directory is not None and method == "medusa" and _reduced(directory)
+    return flags + _UNCHECKED if reduced else flags
 
 
 def _reduced(directory: Path) -> bool:
