@@ -63,11 +63,15 @@ class Import(_Options):
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
 
 
+def _engines() -> list[Engine]:
+    return ["transformers", "gptqmodel", "llama.cpp"]
+
+
 class Verify(_Options):
     """How every artifact is tried in what will load it."""
 
     engines: list[Engine] = Field(
-        default_factory=lambda: ["transformers", "gptqmodel", "llama.cpp"],
+        default_factory=_engines,
         min_length=1,
         description="What may be used. Of those that read a format, the best that is there is. "
         "vllm takes a minute to start for each artifact.",
