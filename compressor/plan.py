@@ -354,9 +354,10 @@ class _Builder:
             )
             head = variant.lm_head is not None
             formats: Sequence[str] = recipe.export if library is None else (library.format,)
-            for fmt in formats:
-                inputs = [*source, quantized[owner]]
-                exports.append(self._export(name, fmt, inputs, head=head, owner=owner))
+            inputs = [*source, quantized[owner]]
+            exports += [
+                self._export(name, each, inputs, head=head, owner=owner) for each in formats
+            ]
         if recipe.evaluate is not None and texts and baseline_scores:
             for name, owner in shared.items():
                 against = [baseline_scores, quantized[owner]] if owner != BASELINE else []
