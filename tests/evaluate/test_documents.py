@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.evaluate.documents import SHORTEST, reordered, safety, social_iqa, with_typos
@@ -43,6 +43,7 @@ def test_shuffled_choices_keep_the_right_answer_and_no_order_stays() -> None:
     assert min(places) > 600
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(min_size=1), min_size=2, max_size=5, unique=True), st.integers())
 def test_any_choices_are_reordered_and_the_label_follows(choices: list[str], seed: int) -> None:
     label = seed % len(choices)
@@ -51,6 +52,7 @@ def test_any_choices_are_reordered_and_the_label_follows(choices: list[str], see
     assert made[place] == choices[label]
 
 
+@settings(deadline=None)
 @given(st.text(), st.floats(0, 1), st.integers())
 def test_typos_keep_words_apart_and_first_letters(text: str, rate: float, seed: int) -> None:
     made = with_typos(text, rate, random.Random(seed))
