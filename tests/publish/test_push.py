@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 
+from compressor.errors import RecipeError
 from compressor.export.artifact import write_sums
+from compressor.recipe import load_recipe
+from tests.projects import RECIPE
 from tests.publish.conftest import READ_ONLY, TOKEN, environment, push, verify_all
 from tests.publish.hub_server import Hub
 
@@ -410,6 +416,55 @@ def test_bad_arguments_are_one_message(run: Path, hub: Hub, arguments: tuple[str
     done = push(run, hub, *arguments)
     assert done.returncode == 2 and "fix:" in done.stderr, done.stderr
     assert not hub.requests
+
+
+@pytest.mark.parametrize("verified", [True, None])
+def test_a_recipe_can_ask_for_it(run: Path, made: Path, hub: Hub, verified: bool | None) -> None:
+    """What `compress run` does when its work is done."""
+    project = made.parents[2]
+    recipe = yaml.safe_load((project / "recipe.yaml").read_text())
+    recipe["publish"] = {"repo": "acme/t", "layout": "branches", "variants": ["int4"]}
+    path = project / f"publish-{verified}.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    verify_all(run, verified)
+    code = (
+        "import sys; from pathlib import Path; from compressor import cli; "
+        "plan = cli._plan(Path(sys.argv[1]), None, None, None); "
+        "sys.exit(cli._publish(plan, Path(sys.argv[2]), True))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), str(run)],
+        env=environment(hub, run.parent / "home"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert TOKEN not in done.stdout + done.stderr
+    if verified:
+        assert done.returncode == 0, done.stderr
+        assert set(hub.repos["acme/t"].branches) == {
+            "main", "int4-compressed-tensors", "int4-gguf",
+        }  # fmt: skip
+        assert hub.repos["acme/t"].private
+    else:
+        assert done.returncode == 1 and not hub.repos
+        assert "int4-gguf is not pushed: no consumer has verified it" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"repo": "no-slash"}, "publish.repo: give org/name"),
+        ({"repo": "acme/t", "variants": ["int3"]}, "no variant 'int3'"),
+        ({"repo": "acme/t", "token": "hf_x"}, "unknown key 'token'"),
+        ({"repo": "acme/t", "layout": "heap"}, "publish.layout"),
+    ],
+)
+def test_bad_sections_are_named(tmp_path: Path, section: dict[str, Any], words: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "publish": section}, sort_keys=False))
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        load_recipe(path)
 
 
 def test_names_with_places(run: Path, hub: Hub) -> None:
