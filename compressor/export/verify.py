@@ -229,13 +229,13 @@ def _by_transformers(
                 output_loading_info=True,
                 **arguments,
             )
-        model, facts = loaded
-        if unread := [*facts["missing_keys"], *facts["mismatched_keys"]]:
-            raise _CannotRead(f"{name} finds no weight for {len(unread)} parameters of it")
-        model.eval()
-        logits = [
-            model(torch.tensor([row]), use_cache=False).logits[0] for row in reference.sequences
-        ]
+            model, facts = loaded
+            if unread := [*facts["missing_keys"], *facts["mismatched_keys"]]:
+                raise _CannotRead(f"{name} finds no weight for {len(unread)} parameters of it")
+            model.eval()
+            logits = [
+                model(torch.tensor([row]), use_cache=False).logits[0] for row in reference.sequences
+            ]
     except (
         OSError, ValueError, ImportError, RuntimeError, AttributeError, KeyError, TypeError,
         NotImplementedError, AssertionError, SafetensorError,

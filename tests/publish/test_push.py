@@ -177,7 +177,8 @@ def test_an_upload_that_broke_off_goes_on(run: Path, hub: Hub, how: str) -> None
     )
     started.set()
     out, err = process.communicate(timeout=120)
-    assert process.returncode == (-signal.SIGKILL if how == "killed" else 130)
+    # The interrupt or the broken connection, whichever it meets first.
+    assert process.returncode in ([-signal.SIGKILL] if how == "killed" else [130, 1])
     assert TOKEN not in out + err
     if how == "cut":
         assert "run the same command again" in err

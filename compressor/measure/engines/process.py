@@ -204,7 +204,7 @@ class ServerProcess:
     def get_text(self, path: str, timeout: float = 10.0) -> str:
         """GET and read an answer in plain text; RunError when there is none."""
         request = urllib.request.Request(self.url + path)
-        return self._ask(request, timeout, lambda answer: answer.read().decode("utf-8"))
+        return self._ask(request, timeout, lambda answer: answer.read().decode("utf-8", "replace"))
 
     def post(self, path: str, body: dict[str, Any], timeout: float = 300.0) -> dict[str, Any]:
         """POST JSON and read the JSON answer; RunError when there is none."""
@@ -229,7 +229,7 @@ class ServerProcess:
             detail = error.read().decode("utf-8", "replace")[:500]
             raise RunError(f"{self.title} answered {error.code}: {detail}", where=path) from error
         except ValueError as error:
-            raise RunError(f"{self.title} answered garbage: {error}", where=path) from error
+            raise RunError(f"{self.title} answered no JSON: {error}", where=path) from error
         except (OSError, http.client.HTTPException) as error:  # it died, or hangs
             kind = type(error).__name__
             raise self.failed(f"{self.title} did not answer {path} ({kind})") from error
