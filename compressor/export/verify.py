@@ -309,7 +309,13 @@ def _by_vllm(directory: Path, _: str, reference: Reference, __: Limits) -> Verif
 
 
 def _by_llama_cpp(directory: Path, _: str, reference: Reference, __: Limits) -> Verification:
+    from gguf import GGUFReader
+
     from compressor.measure.engines.llama_cpp import LlamaCppServer
+
+    (file,) = directory.glob("*.gguf")
+    field = GGUFReader(file).get_field("tokenizer.ggml.eos_token_id")
+    end = int(field.contents()) if field is not None else -1
 
     def scores(
         server: LlamaCppServer, row: list[int], start: int
@@ -323,14 +329,17 @@ def _by_llama_cpp(directory: Path, _: str, reference: Reference, __: Limits) -> 
                 "n_probs": _TOP,
                 "cache_prompt": True,
             }
-            told = server.post("/completion", body)["completion_probabilities"][0]
+            answer = server.post("/completion", body)
+            if not answer.get("completion_probabilities"):  # it tells none of the token that ends
+                found.append((end, None))
+                continue
+            told = answer["completion_probabilities"][0]
             likely = {one["id"]: one["logprob"] for one in told["top_logprobs"]}
             found.append((told["id"], likely.get(row[place])))
         return found
 
     def make(log: Path) -> LlamaCppServer:
         longest = max(len(row) for row in reference.sequences)
-        (file,) = directory.glob("*.gguf")
         return LlamaCppServer(file, log, context_length=longest + 8)
 
     return _served(reference, make, scores, "llama.cpp")
@@ -343,7 +352,7 @@ def _served(
     consumer: str,
 ) -> Verification:
     """Judge a server by (token chosen, log-probability of the reference's token) at each place;
-    None where that is not among the likeliest."""
+    None where that is not among the likeliest, or not told."""
     chosen: list[torch.Tensor] = []
     apart: list[float] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -356,14 +365,15 @@ def _served(
                     told = scores(server, row, start)
                     chosen.append(torch.tensor([token for token, _ in told]))
                     best = torch.log_softmax(own, -1).max(-1).values.tolist()
-                    apart += [
-                        abs(value - ours) if value is not None else float("inf")
-                        for (_, value), ours in zip(told, best, strict=True)
-                    ]
+                    for (token, value), mine, ours in zip(told, row[start:], best, strict=True):
+                        if value is not None:
+                            apart.append(abs(value - ours))
+                        elif token != mine:
+                            apart.append(float("inf"))
         except RunError as error:
             return _failed(consumer, None, error.what)
-    mean = sum(apart) / len(apart)
-    return _judge(reference, chosen, max(apart), mean, ENGINE, consumer, found)
+    mean = sum(apart) / max(len(apart), 1)
+    return _judge(reference, chosen, max(apart, default=0.0), mean, ENGINE, consumer, found)
 
 
 _CONSUMERS: Mapping[str, Callable[[Path, str, Reference, Limits], Verification]] = {
