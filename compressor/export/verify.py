@@ -320,7 +320,7 @@ def _by_llama_cpp(directory: Path, _: str, reference: Reference, __: Limits) -> 
     def scores(
         server: LlamaCppServer, row: list[int], start: int
     ) -> list[tuple[int, float | None]]:
-        found = []
+        found: list[tuple[int, float | None]] = []
         for place in range(start, len(row)):
             body = {
                 "prompt": row[:place],
