@@ -8,6 +8,7 @@ answers are batched by tokens.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,7 +42,15 @@ class LoadedLM(HFLM):
         batch_tokens: int = 4096,
         advance: Callable[[int], None] = lambda n: None,
     ) -> None:
-        super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=_ALL)
+        logger = logging.getLogger(HFLM.__module__)
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # it warns of every model that is loaded already
+        try:
+            super().__init__(
+                pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=_ALL
+            )
+        finally:
+            logger.setLevel(level)
         self.scorer = Scorer(model, batch_tokens)
         self._advance = advance
 
