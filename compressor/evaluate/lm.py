@@ -8,7 +8,6 @@ answers are batched by tokens.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,15 +41,7 @@ class LoadedLM(HFLM):
         batch_tokens: int = 4096,
         advance: Callable[[int], None] = lambda n: None,
     ) -> None:
-        logger = logging.getLogger(HFLM.__module__)
-        level = logger.level
-        logger.setLevel(logging.ERROR)  # it warns of every model that is loaded already
-        try:
-            super().__init__(
-                pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=_ALL
-            )
-        finally:
-            logger.setLevel(level)
+        super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=_ALL)
         self.scorer = Scorer(model, batch_tokens)
         self._advance = advance
 
