@@ -9,6 +9,8 @@ activations in 8, and may choose otherwise where two tokens are nearly equally l
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -49,6 +51,8 @@ class Limits:
 
 
 EXACT = Limits(1e-3, 1e-3, 1.0)
+# Formats with scales in float16: those of a model in bfloat16 are exact, of one in float32 rounded.
+HALVES = Limits(5e-3, 2e-2, 1.0)
 # Weights stored in 16 bits after all, or activations rounded to 8 bits in another way (transformers
 # takes absmax / 127.5 for their scale, engines and we absmax / 127).
 ROUNDED = Limits(0.1, 0.3, 0.9)
@@ -140,10 +144,12 @@ def verify_artifact(
         missing: why others are not tried (`compressor.export.readers.available`).
         rounded: whether more than the order of sums may differ (see `ROUNDED`).
     """
+    exact = HALVES if fmt in ("gptq", "awq", "gguf") else EXACT
+    limits = ROUNDED if rounded else exact
     reasons = [] if consumers else [missing]
     for consumer in consumers:
         try:
-            return _CONSUMERS[consumer](directory, fmt, reference, ROUNDED if rounded else EXACT)
+            return _CONSUMERS[consumer](directory, fmt, reference, limits)
         except _CannotRead as reason:
             reasons.append(str(reason))
     return Verification("", None, False, None, None, None, "; ".join(reasons))
@@ -219,13 +225,14 @@ def _by_transformers(
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, facts = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=torch.float32,
-            local_files_only=True,
-            output_loading_info=True,
-            **arguments,
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # further libraries' progress bars
+            model, facts = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                **arguments,
+            )
         if unread := [*facts["missing_keys"], *facts["mismatched_keys"]]:
             raise _CannotRead(f"{name} finds no weight for {len(unread)} parameters of it")
         model.eval()
@@ -323,11 +330,13 @@ def _by_llama_cpp(directory: Path, _: str, reference: Reference, __: Limits) -> 
                 "n_predict": 1,
                 "temperature": 0.0,
                 "n_probs": _TOP,
+                "return_tokens": True,
                 "cache_prompt": True,
             }
             answer = server.post("/completion", body)
-            if not answer.get("completion_probabilities"):  # it tells none of the token that ends
-                found.append((end, None))
+            if not answer.get("completion_probabilities"):
+                # It tells none where the token ends the answer, or is a part of a character.
+                found.append((next(iter(answer["tokens"]), end), None))
                 continue
             told = answer["completion_probabilities"][0]
             likely = {one["id"]: one["logprob"] for one in told["top_logprobs"]}
