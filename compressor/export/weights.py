@@ -14,10 +14,10 @@ from compressor.errors import RunError
 from compressor.export.artifact import MAX_SHARD_BYTES
 from compressor.models.architecture import CausalLM
 from compressor.models.checkpoint import Checkpoint, TensorWriter
-from compressor.numerics.ggml import MAX_ERROR
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import Scheme
 
+_MAX_ERROR = 1 / 8  # of a step of the grid
 Quantized = Iterable[tuple[str, QuantizedTensor, Scheme]]
 
 
@@ -94,13 +94,14 @@ def float16_scales(name: str, tensor: QuantizedTensor) -> torch.Tensor:
     2^-17 on.
 
     Raises:
-        RunError: a value would be more than a sixteenth of a step off.
+        RunError: a value would be more than an eighth of a step off, which is what float16 may do
+            to codes of 8 bits.
     """
     scale = tensor.scale.float()
     half = scale.half()
-    steps = 1 << tensor.scheme.num_bits
+    steps = 1 << (tensor.scheme.num_bits - tensor.scheme.symmetric)  # from zero, at most
     off = ((half.float() - scale).abs() / scale.abs()).nan_to_num(torch.inf) * steps
-    if float(off.max()) > MAX_ERROR:
+    if float(off.max()) > _MAX_ERROR:
         raise RunError(
             f"its scales, down to {float(scale.abs().min()):.1e}, are too far from float16, in "
             "which this format keeps them",
