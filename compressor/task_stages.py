@@ -21,7 +21,7 @@ def tasks(context: Context) -> dict[str, Any]:
 
     from compressor import stages
     from compressor.evaluate.lm import LoadedLM
-    from compressor.evaluate.tasks import counter
+    from compressor.evaluate.tasks import counter, quiet
     from compressor.models.architecture import CausalLM
     from compressor.quantize.stream import calibration_dtype
 
@@ -40,7 +40,7 @@ def tasks(context: Context) -> dict[str, Any]:
         model.generation_config = GenerationConfig.from_pretrained(context.model_dir)
     tokenizer = context.tokenizer()
     title = f"tasks {context.stage.variant}"
-    with context.progress.task(title, None) as task:
+    with context.progress.task(title, None) as task, quiet():
         lm = LoadedLM(
             model,
             tokenizer,

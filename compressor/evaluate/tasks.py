@@ -55,12 +55,12 @@ def _manager(directories: tuple[str, ...], defaults: bool) -> Any:
     """lm-eval's index of the tasks below directories; of its own too with ``defaults`` (10 s)."""
     from lm_eval.tasks import TaskManager
 
-    with _quiet():
+    with quiet():
         return TaskManager(include_path=list(directories), include_defaults=defaults)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without lm-eval's warnings about what is as it should be."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
@@ -184,7 +184,7 @@ def load_tasks(
     loaded: dict[str, LoadedTask] = {}
     for choice, where in zip(choices, places, strict=True):
         manager, names = specifications(choice, base_dir, where)
-        with _quiet():
+        with quiet():
             try:
                 tasks = manager.load(names)["tasks"]
             except Exception as error:  # data sets raise a dozen unrelated types
@@ -292,7 +292,7 @@ def _evaluate(
     """lm-eval's logged samples by task."""
     from lm_eval.evaluator import evaluate
 
-    with _quiet():
+    with quiet():
         try:
             found = evaluate(
                 lm=lm,
