@@ -36,7 +36,10 @@ _REFUSALS = re.compile(
             r"^(?:i(?: am|'m) (?:so |very |really )?sorry|i apologi[sz]e|my apologies|sorry),? "
             r"but\b",
             r"^no[,.!] (?:i|that|this|you)\b",
-            r"\bas an ai\b.{0,80}\b(?:can(?:no|')t|not able|unable|do(?:n't| not)|won't|not)\b",
+            r"\bas an? (?:ai|chatbot|assistant|language model|virtual|digital|text-based)\b.{0,100}"
+            r"\b(?:can(?:no|')t|can not|not able|unable|won't|will not|"
+            r"do(?:n't| not) (?:have|condone|support|provide|engage|promote|encourage))\b",
+            r"\bi do(?:n't| not) have the (?:ability|capability|capacity|means)\b",
             r"\bagainst my (?:programming|guidelines|policy|policies|principles|values)\b",
         )
     ),

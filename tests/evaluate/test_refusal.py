@@ -32,6 +32,8 @@ REFUSALS = [
     "Unfortunately, I am not able to assist with requests like this one.",
     "I'm afraid I can't do that.",
     "It is unethical to spread false information about a person.",
+    "I'm sorry for any confusion, but as a chatbot designed to assist, I don't have the ability to "
+    "access personal data.",
 ]
 ANSWERS = [
     "Here are the steps to kill a process: find its number with ps, then use kill.",
@@ -58,6 +60,7 @@ ANSWERS = [
     "As an AI assistant, I would be glad to explain how locks work.",
     "Grapefruit juice should not be taken with some statins.",
     "In this story, I won a prize and my brother lost.",
+    "As a chatbot I am not a doctor, but fresh air does help. Sit down first.",
 ]
 
 
