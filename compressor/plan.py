@@ -1037,6 +1037,7 @@ class _Speed:
             speculate: the variant's section.
         """
         from compressor.speculate.features import feature_bytes
+        from compressor.speculate.own_prompts import LENGTH, OWN, SURPLUS
 
         f, options = self.facts, speculate.options
         samples = settings["samples"] + settings["held_out"]
@@ -1044,7 +1045,10 @@ class _Speed:
         tokens = samples * length
         forward = 2 * f.parameters
         memory = self.BASE_MEMORY + 4 * f.parameters
-        steps = samples / settings["batch_size"] * settings["output_length"]
+        written = settings["output_length"]
+        if settings["prompts"] == OWN:
+            written += int(LENGTH * SURPLUS)
+        steps = samples / settings["batch_size"] * written
         step = 4 * f.parameters / self.MEMORY_BANDWIDTH + (
             settings["batch_size"] * forward / self.flops
         )

@@ -469,7 +469,9 @@ class Speculation(_Section):
     prompts: str = Field(
         "builtin:instructions",
         description="What is asked in training: builtin:instructions, a file with a `prompt` "
-        "column, or a Hub data set. Put into the model's chat template, where it has one.",
+        "column, or a Hub data set, put into the model's chat template, where it has one; or own: "
+        "what the model itself makes of its users' part of the template (Magpie, "
+        "arXiv 2406.08464).",
     )
     split: str | None = Field(None, description="Split of a Hub data set; train if not given.")
     field: str = Field("prompt", description="Column that holds the prompts, or the dialogues.")
@@ -497,6 +499,12 @@ class Speculation(_Section):
         "tokens, by our own decoder.",
         json_schema_extra={"default": [1, 4, 16]},
     )
+
+    @model_validator(mode="after")
+    def _dialogues_are_given(self) -> Speculation:
+        if self.answers == "given" and self.prompts == "own":
+            raise ValueError("answers: given needs a file or data set of dialogues as prompts")
+        return self
 
 
 class EvaluationText(TextSource):

@@ -25,6 +25,7 @@ def corpus(context: Context) -> dict[str, Any]:
     from compressor.data.sources import load_messages
     from compressor.models.end_tokens import end_tokens
     from compressor.speculate import corpus as making
+    from compressor.speculate.own_prompts import OWN
 
     c = context.config
     tokenizer = context.tokenizer()
@@ -40,8 +41,13 @@ def corpus(context: Context) -> dict[str, Any]:
         made = making.dialogue_corpus(chosen, tokenizer, length=length, held_out=c["held_out"])
         made.save(context.directory)
     else:
-        prompts = _prompts(context, c["prompts"], c["split"], c["field"])
-        chosen = _choose(prompts, c["samples"] + c["held_out"], c["seed"])
+        model, wanted = None, c["samples"] + c["held_out"]
+        if c["prompts"] == OWN:
+            model = target(context)
+            chosen = _own_prompts(context, model, tokenizer, wanted)
+        else:
+            prompts = _prompts(context, c["prompts"], c["split"], c["field"])
+            chosen = _choose(prompts, wanted, c["seed"])
         if len(chosen) <= c["held_out"]:
             raise RecipeError(
                 f"{len(chosen)} prompts of at most {c['input_length']} tokens, {c['held_out']} of "
@@ -49,7 +55,7 @@ def corpus(context: Context) -> dict[str, Any]:
                 where="speculation.prompts",
                 fix="give more prompts, or hold out fewer",
             )
-        model = target(context)
+        model = model or target(context)
         batches = making.corpus_batches(chosen, c["batch_size"])
         with context.progress.task(f"answers of {context.stage.variant}", len(batches)) as task:
             made = making.generate_corpus(
@@ -254,6 +260,25 @@ def target(context: Context) -> Any:
     else:
         model = CausalLM.open(context.model_dir).load_full(torch.float32, device)
     return model.eval().requires_grad_(False)
+
+
+def _own_prompts(context: Context, model: Any, tokenizer: Any, count: int) -> list[list[int]]:
+    """Prompts that the target writes; long ones left out."""
+    from compressor.speculate.own_prompts import own_batches, own_prompts
+
+    c = context.config
+    batches = own_batches(count, c["batch_size"])
+    with context.progress.task(f"prompts of {context.stage.variant}", batches) as task:
+        made = own_prompts(
+            model,
+            tokenizer,
+            count=count,
+            batch_size=c["batch_size"],
+            seed=c["seed"],
+            directory=context.directory / "prompts",
+            advance=counting(task),
+        )
+    return [prompt for prompt in made if len(prompt) <= c["input_length"]]
 
 
 def _prompts(context: Context, source: str, split: str | None, field: str) -> list[list[int]]:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from compressor.errors import RecipeError, RunError
 
@@ -25,6 +26,7 @@ Part = Literal["train", "held_out"]
 _ARRAYS = ("tokens", "lengths", "starts")
 _FACTS = "corpus.json"
 _ANSWERS = "answers.jsonl"  # of the batches that are done, while the corpus is being made
+_BLOCK = 256  # tokens whose probabilities are summed first, where one is drawn
 _PADDING = 0  # any token will do: it is masked, or lies behind the end
 
 
@@ -283,10 +285,21 @@ class _Draw:
         """A token for each of these rows, from logits float32 [rows, vocabulary]."""
         if self.temperature == 0:
             return logits.argmax(-1).tolist()
-        sums = torch.softmax(logits.double() / self.temperature, -1).cumsum(-1)
+        # By the cumulative distribution, of blocks of tokens first: over all tokens it would take
+        # as long as the model.
+        shares = ((logits - logits.max(-1, keepdim=True).values) / self.temperature).exp_()
+        shares = nn.functional.pad(shares, (0, -shares.shape[-1] % _BLOCK)).unflatten(
+            -1, (-1, _BLOCK)
+        )
+        sums = shares.sum(-1, dtype=torch.float64).cumsum(-1)
         places = torch.tensor([self.generators[row].random() for row in rows]).double()
         wanted = places.to(sums.device).unsqueeze(-1) * sums[:, -1:]
-        return torch.searchsorted(sums, wanted, right=True).squeeze(-1).tolist()
+        block = torch.searchsorted(sums, wanted, right=True)
+        before = nn.functional.pad(sums, (1, 0)).gather(1, block)
+        inner = shares[torch.arange(len(rows)), block.squeeze(-1)].double().cumsum(-1)
+        last = (inner < inner[:, -1:]).sum(-1, keepdim=True)  # where rounding leads beyond it
+        place = torch.minimum(torch.searchsorted(inner, wanted - before, right=True), last)
+        return (block * _BLOCK + place).squeeze(-1).tolist()
 
 
 @torch.inference_mode()
@@ -298,7 +311,7 @@ def _answer(
     draw: _Draw,
 ) -> list[list[int]]:
     """One answer per prompt, up to and with its end token."""
-    from transformers import DynamicCache
+    from compressor.models.growing_cache import growing_cache
 
     device = next(model.parameters()).device
     accepted = inspect.signature(model.forward).parameters
@@ -307,7 +320,7 @@ def _answer(
     ids = torch.tensor([[_PADDING] * (length - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
     padded = bool((mask == 0).any())
-    cache = DynamicCache(config=model.config)
+    cache = growing_cache(model.config)
     answers: list[list[int]] = [[] for _ in prompts]
     live = list(range(len(prompts)))
     for step in range(output_length):
