@@ -75,12 +75,15 @@ class Preflight:
         notes: what quantization itself will not be able to do, in sentences.
         stages: that are still to be done.
         free_bytes: memory that is free now.
+        measured: engine that will be measured, and the program that the recipe names for it;
+            None where nothing is left to measure.
     """
 
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
     stages: tuple[Stage, ...]
     free_bytes: int
+    measured: tuple[str, str | None] | None = None
 
     @property
     def warnings(self) -> list[str]:
@@ -103,8 +106,9 @@ class Preflight:
         """Raise when the run cannot succeed.
 
         Raises:
-            RunError: the least that a stage needs is more than the free memory.
-            RecipeError: the engine that the recipe measures with cannot load a variant.
+            RunError: the least that a stage needs is more than the free memory, or the engine that
+                the recipe measures with is not installed.
+            RecipeError: that engine cannot load a variant, or is not where the recipe says.
         """
         stage = max(self.stages, key=lambda s: s.estimate.least_memory, default=None)
         if stage is not None and stage.estimate.least_memory > self.free_bytes:
@@ -122,6 +126,8 @@ class Preflight:
                     where=f"variants.{finding.variant}",
                     fix="choose another scheme or group_size, or another measure.engine",
                 )
+        if self.measured is not None:
+            _find_engine(*self.measured)
 
 
 def preflight(plan: Plan, targets: Sequence[Target] | None = None) -> Preflight:
@@ -170,7 +176,22 @@ def preflight(plan: Plan, targets: Sequence[Target] | None = None) -> Preflight:
                         here=here,
                     )
                 )
-    return Preflight(tuple(findings), tuple(notes), tuple(plan.remaining), free_bytes())
+    remaining = tuple(plan.remaining)
+    waits = recipe.measure is not None and any(stage.kind == "measure" for stage in remaining)
+    measure = (recipe.measure.engine, recipe.measure.program) if waits and recipe.measure else None
+    return Preflight(tuple(findings), tuple(notes), remaining, free_bytes(), measure)
+
+
+def _find_engine(engine: str, program: str | None) -> None:
+    """Raise where an engine that is not part of this package is not on this machine."""
+    if engine == "vllm":
+        from compressor.measure.fleet import vllm_interpreter
+
+        vllm_interpreter(program)
+    elif engine == "llama.cpp":
+        from compressor.measure.engines.llama_cpp import llama_server
+
+        llama_server(program)
 
 
 def _targets(recipe: Recipe) -> list[Target]:

@@ -139,6 +139,24 @@ def test_what_is_measured_is_what_the_engine_serves(
     assert stage.inputs == ("load", f"export:baseline:{served}", f"export:int8:{served}")
 
 
+def test_an_artifact_that_variants_share_is_proven_once(tmp_path: Path) -> None:
+    tiny.build("llama", tmp_path / "model")
+    int8 = {"quantize": [{"rtn": {"scheme": "W8A16"}}]}
+    recipe = {
+        "version": 1,
+        "model": {"source": "model"},
+        "variants": {
+            "int8": int8,
+            "int8-ngram": {"from": "int8", "speculate": "ngram"},
+            "int4": {"quantize": [{"rtn": {"scheme": "W4A16", "group_size": 32}}]},
+        },
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    plan = make_plan(load_recipe(tmp_path / "r.yaml"), Store(tmp_path / "store"))
+    keys = {stage.variant: stage.key for stage in plan.stages if stage.kind == "verify"}
+    assert keys["int8"] == keys["int8-ngram"] != keys["int4"]
+
+
 @given(
     tokens=st.integers(1, 1 << 20),
     more=st.integers(1, 1 << 20),

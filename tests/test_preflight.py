@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,35 @@ def test_a_chosen_engine_that_cannot_load_a_variant_is_an_error(tmp_path: Path) 
         dataclasses.replace(found, findings=chosen).check()
 
 
-def test_llama_cpp_is_looked_at_where_it_gets_something(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "variable", "export", "script"),
+    [
+        ("vllm", "COMPRESSOR_VLLM_PYTHON", "compressed-tensors", "setup_vllm_cpu.sh"),
+        ("llama.cpp", "COMPRESSOR_LLAMA_SERVER", "gguf", "setup_llama_cpp.sh"),
+    ],
+)
+def test_an_engine_that_is_not_installed_is_missed_before_the_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    variable: str,
+    export: str,
+    script: str,
+) -> None:
+    scheme = {"vllm": "W8A8", "llama.cpp": "W8A16"}[engine]
+    plan = planned(tmp_path, engine=engine, export=(export,), int8=rtn(scheme=scheme))
+    monkeypatch.chdir(tmp_path)  # away from what the scripts installed
+    monkeypatch.setenv(variable, sys.executable)  # only that it is there is looked at
+    preflight(plan).check()
+    monkeypatch.setenv(variable, str(tmp_path / "nowhere"))
+    with pytest.raises((RecipeError, RunError), match=script):
+        preflight(plan).check()
+
+
+def test_llama_cpp_is_looked_at_where_it_gets_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPRESSOR_LLAMA_SERVER", sys.executable)
     variants = {"fine": rtn(scheme="W4A16", group_size=16), "int8": rtn(scheme="W8A16")}
     plan = planned(tmp_path, engine="llama.cpp", export=("gguf",), **variants)
     found = preflight(plan)

@@ -337,6 +337,11 @@ def test_options_of_a_third_party_algorithm_are_validated(
         recipe_model.cache_clear()
 
 
+def test_own_prompts_have_no_given_answers(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"yaml:\d+: .*needs a file or data set of dialogues"):
+        load(tmp_path, GOOD + "speculation: {prompts: own, answers: given}\n")
+
+
 def test_missing_recipe_suggests_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "quickstart.yaml").write_text(GOOD)
     with pytest.raises(RecipeError, match=r"did you mean .*quickstart\.yaml"):

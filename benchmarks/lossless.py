@@ -1,0 +1,140 @@
+"""Greedy output with speculation against the target's own, token by token, of a finished run.
+
+    python benchmarks/lossless.py recipes/medusa.yaml [--prompts 200] [--tokens 32] [--batch 32]
+        [--output FILE.json]
+
+For each variant with speculation that the recipe's store holds, with a chain and with a tree of its
+guesses, behind its own target and behind the unquantized one (whose outputs the guesses were not
+trained on: fewer are accepted, the output must not care). Prompts are the built-in ones, then
+instructions. Computed in float32. Exit code 1 where an output differs and the target's two best
+logits at that place were further apart than rounding explains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.data.sources import load_texts
+from compressor.data.tokens import prompt_tokens
+from compressor.doctor import cpu_name
+from compressor.models.architecture import CausalLM
+from compressor.models.end_tokens import end_tokens
+from compressor.plan import make_plan
+from compressor.progress import SilentProgress
+from compressor.recipe import load_recipe
+from compressor.speculate.cached import CachedModel
+from compressor.speculate.corpus import Corpus
+from compressor.speculate.features import Features
+from compressor.speculate.options import OPTIONS
+from compressor.speculate.pipeline import make_proposers, measured_tree
+from compressor.speculate.trial import try_out
+from compressor.speculate_stages import target
+from compressor.stages import Context
+from compressor.store import Store
+
+TIE = 1e-3  # logits: the order of sums moves them by less, and may so turn what is chosen
+
+
+def prompts_of(tokenizer: Any, count: int) -> list[list[int]]:
+    texts = [
+        text
+        for name in ("prompts", "instructions")
+        for text in load_texts(f"builtin:{name}", field="prompt", base_dir=Path())
+    ]
+    found = (list(prompt_tokens(text, tokenizer)) for text in texts)
+    return [ids for ids in found if len(ids) <= 256][:count]
+
+
+def contexts(recipe_path: Path) -> list[Context]:
+    """The stages in which the recipe tries its speculators, with what they need from the store."""
+    recipe = load_recipe(recipe_path)
+    store = Store(recipe.base_dir / recipe.store)
+    plan = make_plan(recipe, store)
+    keys = {stage.name: stage.key for stage in plan.stages}
+    found = []
+    for stage in plan.stages:
+        inputs = {name: store.get(keys[name]) for name in stage.inputs}
+        there = {name: stored for name, stored in inputs.items() if stored is not None}
+        if stage.kind == "accept" and len(there) == len(inputs):
+            found.append(Context(stage, there, Path(), SilentProgress()))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for context in contexts(arguments.recipe):
+        c = context.config
+        options: Any = OPTIONS[c["method"]].model_validate(c["options"])
+        prompts = prompts_of(context.tokenizer(), arguments.prompts)
+        trained = context.find("speculate")
+
+        def tree(heads: Any, context: Context = context) -> Any:
+            corpus = Corpus.load(context.need("corpus").path)
+            states = Features.open(context.need("features").path)
+            return measured_tree(heads, corpus, states, context.config["tree_nodes"])
+
+        full: Any = CausalLM.open(context.model_dir).load_full(torch.float32)
+        targets = {"quantized": target(context), "full precision": full.eval()}
+        for name, model in targets.items():
+            proposers = make_proposers(
+                options, trained.path if trained else Path(), model, tree, c["tree_nodes"]
+            )
+            started = time.perf_counter()
+            results, _ = try_out(
+                CachedModel(model),
+                proposers,
+                prompts,
+                depth=c["depth"],
+                output_length=arguments.tokens,
+                batch_size=arguments.batch,
+                ends=sorted(end_tokens(model)),
+            )
+            for way, figures in results.items():
+                rows.append(
+                    {
+                        "method": c["method"],
+                        "candidates": way,
+                        "target": name,
+                        "prompts": figures["sequences"],
+                        "equal": figures["equal"],
+                        "ties": figures["ties"],
+                        "tokens_per_step": round(figures["tokens_per_step"], 3),
+                    }
+                )
+                print(json.dumps(rows[-1]), flush=True)
+            print(f"# {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    if not rows:
+        print("the store holds no trained speculator of this recipe: run it first", file=sys.stderr)
+        return 2
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{cpu_name()}, {platform.machine()}",
+        "tokens": arguments.tokens,
+        "rows": rows,
+    }
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    lost = [row for row in rows if any(tie > TIE for tie in row["ties"])]
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
