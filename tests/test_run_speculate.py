@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
-from compressor.errors import RecipeError
+from compressor.errors import RecipeError, RunError
+from compressor.export import compressed_tensors as formats
+from compressor.plan import make_plan
 from compressor.recipe import load_recipe
+from compressor.store import Store
 from compressor.verify import verify
-from tests.projects import RECIPE, completed, write
+from tests.projects import RECIPE, completed, compress, report, write
+from tests.tiny import build
 
 SMALL = {"epochs": 1, "batch_size": 4}
 METHODS = {
@@ -75,6 +81,78 @@ def test_heads_of_the_baseline_on_a_quantized_target(project: Path) -> None:
     assert heads["speculation"]["trained_on_baseline"]
 
 
+def test_a_given_draft_as_it_is_and_a_made_one_in_int4(project: Path) -> None:
+    """No training for the first; both are directories that transformers loads, and compute what
+    was tried."""
+    build("llama", project / "small", layers=1, seed=1)
+    (project / "small" / "LICENSE").write_text("Of the small model.")
+    rtn = [{"rtn": {"scheme": "W4A16", "group_size": 32}}]
+    gptq = [{"gptq": {"scheme": "W8A8"}}]
+    variants = {
+        "given": {"model": "small", "epochs": 0},
+        "tuned": {"model": "small", "depth": 2, "epochs": 6, "learning_rate": 0.01},
+        "int4": {"blocks": 1, "depth": 2, "quantize": rtn, **SMALL},
+        "int8": {"model": "small", "epochs": 0, "quantize": gptq},
+    }
+    made = recipe()
+    made["variants"] = {name: {"speculate": {"draft": how}} for name, how in variants.items()}
+    made["speculation"] |= {"test_samples": 2, "sweep": [1]}
+    written = completed(project, {**made, "calibration": RECIPE["calibration"]})
+    (run,) = (project / "runs" / "recipe").iterdir()
+    found = {v["name"]: v["speculation"] for v in written["variants"]}
+    stages = {row["name"] for row in json.loads((run / "stages.json").read_text())}
+    assert "speculate:tuned" in stages and "features:int4" in stages
+    assert not stages & {"corpus:given", "features:int8", "speculate:given"}
+    assert found["tuned"]["losses"] and not found["given"]["losses"]
+    assert found["given"]["draft"] == found["tuned"]["draft"]
+    assert found["given"]["draft"]["source"] == "small"
+    assert (found["int4"]["draft"]["algorithm"], found["int4"]["draft"]["scheme"]) == (
+        "rtn",
+        "W4A16",
+    )
+    assert found["int8"]["draft"]["scheme"] == "W8A8"
+    ids = torch.arange(3, 40)[None]
+
+    def logits(directory: Path) -> torch.Tensor:
+        return formats.load_model(directory)(ids).logits
+
+    drafts = {name: run / "artifacts" / name / "draft-model" for name in variants}
+    plain = logits(project / "small")
+    assert torch.equal(logits(drafts["given"]), plain)
+    assert not torch.equal(logits(drafts["tuned"]), plain)
+    assert 0 < (logits(drafts["int8"]) - plain).abs().max() < 0.1 * plain.abs().max()
+    for name, directory in drafts.items():
+        config = json.loads((directory / "config.json").read_text())
+        assert ("quantization_config" in config) == (name in ("int4", "int8"))
+        assert config["num_hidden_layers"] == 1
+        assert AutoTokenizer.from_pretrained(directory).get_vocab()
+        (command, *_) = json.loads((directory / "serving.json").read_text())["engines"]
+        assert '"method": "draft_model"' in command["words"][-1]
+        own = (directory / "LICENSE").is_file()
+        assert own == (name != "int4")
+    made = json.loads((drafts["int8"] / "compression.json").read_text())
+    assert made["draft"] == {"source": "small", "revision": None}
+    assert made["licence"]["files"] == ["LICENSE"]
+    assert [failure.sentence for failure in verify(run).failures] == []
+
+
+def test_a_given_draft_of_other_tokens_fails_its_variant_alone(project: Path) -> None:
+    build("llama", project / "other", layers=1, vocab_size=400)
+    made = recipe()
+    made["variants"] = {"draft": {"speculate": {"draft": {"model": "other", "epochs": 0}}}}
+    write(project, made)
+    assert compress(project).returncode == 1
+    (baseline, draft) = report(project)["variants"]
+    assert baseline["error"] is None and "vocab_size 400, the target's 384" in draft["error"]
+    made["variants"]["draft"]["speculate"]["draft"]["model"] = "gone"
+    path = write(project, made)
+    with pytest.raises(RunError, match="draft model 'gone': there is no directory") as error:
+        make_plan(load_recipe(path), Store(project / ".compressor"))
+    line = int(str(error.value.where).rsplit(":", 1)[1])
+    assert "model: gone" in path.read_text().splitlines()[line - 1]
+    assert "safetensors" in str(error.value.fix)
+
+
 @pytest.mark.parametrize(
     ("variants", "message"),
     [
@@ -83,6 +161,19 @@ def test_heads_of_the_baseline_on_a_quantized_target(project: Path) -> None:
         ({"a": {"from": "int4", "speculate": {"ngram": {}, "medusa": {}}}}, "give one of medusa"),
         ({"a": {"from": "int4", "speculate": {"ngram": {"shortest": 5}}}}, "shortest must not"),
         ({"a": {"from": "int4", "speculate": {"medusa": {"head": 4}}}}, "did you mean 'heads'"),
+        ({"a": {"speculate": {"draft": {}}}}, "give `blocks`, .* or `model`"),
+        ({"a": {"speculate": {"draft": {"model": "m", "blocks": 2}}}}, "give `blocks`"),
+        ({"a": {"speculate": {"draft": {"blocks": 2, "revision": "v"}}}}, "`revision` is of"),
+        ({"a": {"speculate": {"draft": {"blocks": 2, "epochs": 0}}}}, "must be trained"),
+        (
+            {"a": {"speculate": {"draft": {"blocks": 2, "quantize": ["rotation", "rtn"]}}}},
+            "not quantized with rotation",
+        ),
+        ({"a": {"speculate": {"draft": {"blocks": 2, "quantize": ["awq"]}}}}, "one step must be"),
+        (
+            {"a": {"speculate": {"draft": {"blocks": 2, "quantize": ["gptq"]}}}},
+            "needs a `calibration:`",
+        ),
     ],
 )
 def test_what_cannot_be_is_told_with_its_line(

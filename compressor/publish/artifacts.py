@@ -62,14 +62,28 @@ class Artifact:
 
     @property
     def origin(self) -> Mapping[str, Any]:
-        """What the base model's source says of itself (`models.origin.Origin`)."""
+        """What the base model's source says of itself (`models.origin.Origin`); of a given draft
+        model, what its own source says."""
+        if self._given_draft is not None:
+            return self._given_draft["result"]["origin"]
         stage = self.stages.get("origin")
         return stage["result"] if stage else {}
+
+    @property
+    def licences(self) -> Path:
+        """Directory of the licence files that `origin` names."""
+        return self.run_dir / LICENCES / (self.variant if self._given_draft is not None else "")
+
+    @property
+    def _given_draft(self) -> Mapping[str, Any] | None:
+        return self.stages.get(f"draft:{self.variant}") if self.speculates else None
 
     @property
     def base_model(self) -> str | None:
         """The base model's id on the Hub; None where nothing tells it."""
         stated = (self.lock.get("publish") or {}).get("base_model")
+        if self._given_draft is not None:
+            stated = None  # that is of the target
         return stated or self.origin.get("hub_id")
 
     @property
