@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import RunError
-from compressor.export.options import GPTQ, NOT_MEASURED, PACKED, Verify
+from compressor.export.options import GPTQ, MEDUSA_TGI, NOT_MEASURED, PACKED, Verify
 from compressor.export.readers import available
 from compressor.quantize import registry
 from compressor.store import Store, content_key, file_sha256
@@ -235,7 +235,7 @@ class _Builder:
         name: str,
         kind: str,
         config: dict[str, Any],
-        inputs: list[str],
+        inputs: Sequence[str],
         estimate: Estimate,
         *,
         variant: str | None = None,
@@ -545,6 +545,20 @@ class _Builder:
                     variant=name,
                 )
             ]
+        if speculate.tgi:
+            self.add(
+                f"export:{name}:{MEDUSA_TGI}",
+                "export",
+                {
+                    "variant": name,
+                    "format": MEDUSA_TGI,
+                    "target": f"../{self.recipe.tgi_target(self.recipe.variants[name])}",
+                    **config,
+                },
+                self.stages[exports[0]].inputs,
+                Estimate(5, 1_500_000_000, 4 * facts.parameters),
+                variant=name,
+            )
         self.add(
             f"accept:{name}",
             "accept",

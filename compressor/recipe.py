@@ -32,7 +32,15 @@ from pydantic_core import PydanticCustomError
 from compressor.errors import RecipeError
 from compressor.evaluate.options import NEED_TASKS, TOLERANCE, Drift, Gate, Positions, Share
 from compressor.evaluate.task_options import TaskChoice
-from compressor.export.options import GGUF, GPTQ, GPTQ_BITS, Import, Safetensors, Verify
+from compressor.export.options import (
+    GGUF,
+    GPTQ,
+    GPTQ_BITS,
+    WHOLE,
+    Import,
+    Safetensors,
+    Verify,
+)
 from compressor.numerics.scheme import Scheme
 from compressor.publish.options import Publish
 from compressor.quantize import registry
@@ -330,6 +338,11 @@ class Speculate(_Section):
         description="Whose answers and hidden states it learns: the variant's own, as it will be "
         "served, or the baseline's.",
     )
+    tgi: bool = Field(
+        False,
+        description="Write Medusa heads in TGI's layout too, beside vLLM's: a directory of its own "
+        "whose config.json names the variant's model by a path beside it.",
+    )
     tree_nodes: int = Field(
         16, ge=1, description="Candidates of a tree, which our own decoder tries beside the chain."
     )
@@ -349,6 +362,20 @@ class Speculate(_Section):
         given = [name for name in OPTIONS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError("give one of medusa, eagle3, draft and ngram")
+        return self
+
+    @model_validator(mode="after")
+    def _tgi_loads(self) -> Speculate:
+        if not self.tgi:
+            return self
+        if self.medusa is None:
+            raise ValueError("`tgi:` is a layout of Medusa heads: remove it, or train those")
+        bare = self.medusa.output == "original" and self.medusa.layers == 1
+        if self.medusa.draft_vocabulary is not None and not bare:
+            raise ValueError(
+                "TGI knows no reduced vocabulary: leave draft_vocabulary out, or set output: "
+                "original with layers: 1, or remove `tgi:`"
+            )
         return self
 
     @property
@@ -1002,6 +1029,13 @@ class Recipe(_Section):
                 "its algorithm needs a `calibration:` section in the recipe",
                 {"loc": ("variants", name, "speculate", "draft", "quantize")},
             )
+        if variant.speculate.tgi and self.tgi_target(variant) is None:
+            raise PydanticCustomError(
+                "tgi",
+                "TGI loads none of the variant's formats to draft for: add compressed-tensors to "
+                "`export:`, or remove `tgi:`",
+                {"loc": ("variants", name, "speculate", "tgi")},
+            )
         if self.measure is None:
             return
         if self.measure.engine != "vllm":
@@ -1227,6 +1261,12 @@ class Recipe(_Section):
     def place(self, *loc: int | str) -> str:
         """``file:line`` of a key, or of the nearest above it that is there."""
         return f"{self._path}:{_line(_compose(self._path), loc)}"
+
+    def tgi_target(self, variant: Variant) -> str | None:
+        """The first of a variant's formats that TGI loads, if there is one."""
+        if variant.library is not None:
+            return None
+        return next((fmt for fmt in self.export if fmt in WHOLE), None)
 
     @property
     def base_dir(self) -> Path:

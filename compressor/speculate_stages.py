@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import RecipeError
+from compressor.export.options import MEDUSA_TGI
 from compressor.progress import counting
 from compressor.store import write_atomic
 
@@ -274,9 +275,14 @@ def export(context: Context, provenance: dict[str, Any], directory: Path) -> Non
     trained, load = context.need("speculate"), context.need("load")
     trained.verify()
     options: Any = OPTIONS[context.config["method"]].model_validate(context.config["options"])
-    if fmt == "medusa":
+    if context.config["method"] == "medusa":
         heads = load_medusa_heads(trained.path)
-        medusa.export_vllm(heads.state_dict(), heads.shape(), provenance, directory)
+        state, shape = heads.state_dict(), heads.shape()
+        if fmt == MEDUSA_TGI:
+            base = context.config["target"]
+            medusa.export_tgi(state, shape, provenance, directory, base_model=base)
+        else:
+            medusa.export_vllm(state, shape, provenance, directory)
     else:
         opened = CausalLM.open(context.model_dir)
         speculators.export(

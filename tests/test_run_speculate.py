@@ -12,16 +12,20 @@ from transformers import AutoTokenizer
 
 from compressor.errors import RecipeError, RunError
 from compressor.export import compressed_tensors as formats
+from compressor.export.medusa import load_medusa
 from compressor.plan import make_plan
 from compressor.recipe import load_recipe
+from compressor.serve import serve_command, shown
+from compressor.speculate.medusa import MedusaHeads
 from compressor.store import Store
 from compressor.verify import verify
+from tests.export.test_medusa import tgi_logits
 from tests.projects import RECIPE, completed, compress, report, write
 from tests.tiny import build
 
 SMALL = {"epochs": 1, "batch_size": 4}
 METHODS = {
-    "medusa": {"medusa": {"heads": 2, **SMALL}},
+    "medusa": {"medusa": {"heads": 2, **SMALL}, "tgi": True},
     "eagle3": {"eagle3": {"depth": 2, "draft_vocabulary": 128, "aux_layers": [0, 1], **SMALL}},
     "draft": {"draft": {"blocks": 1, "depth": 2, **SMALL}},
     "ngram": "ngram",
@@ -58,8 +62,12 @@ def test_every_method_is_trained_tried_and_exported(project: Path) -> None:
             assert all(tie < 1e-3 for tie in result["ties"])
             assert 1 <= result["tokens_per_step"] <= 1 + speculation["depth"]
         formats = {a["format"] for a in found[name]["artifacts"]}
-        extra = {"medusa": "medusa", "eagle3": "speculators", "draft": "draft-model"}.get(name)
-        assert formats == {"compressed-tensors"} | ({extra} if extra else set())
+        extra = {
+            "medusa": {"medusa", "medusa-tgi"},
+            "eagle3": {"speculators"},
+            "draft": {"draft-model"},
+        }
+        assert formats == {"compressed-tensors"} | extra.get(name, set())
         rows = (run / "acceptance" / f"{name}.jsonl").read_text().splitlines()
         assert len(rows) == 4 * (1 + len(speculation["results"]))
         sizes_at_once = {row["batch_size"] for row in speculation["times"]}
@@ -67,11 +75,29 @@ def test_every_method_is_trained_tried_and_exported(project: Path) -> None:
     assert set(found["medusa"]["speculation"]["results"]) == {"chain", "tree"}
     assert found["medusa"]["speculation"]["losses"]
     assert found["int4"]["speculation"] is None
+    check_tgi(run / "artifacts" / "medusa")
     assert [failure.sentence for failure in verify(run).failures] == []
     rows = json.loads((run / "stages.json").read_text())
     next(row for row in rows if row["kind"] == "accept")["result"]["results"]["chain"]["steps"] += 1
     (run / "stages.json").write_text(json.dumps(rows))
     assert any("results.chain.steps" in failure.key for failure in verify(run).failures)
+
+
+def check_tgi(artifacts: Path) -> None:
+    """TGI's layout holds the heads that vLLM's does, and names the model beside it."""
+    directory = artifacts / "medusa-tgi"
+    state, shape = load_medusa(artifacts / "medusa")
+    x = torch.randn(3, shape["hidden"])
+    expected = MedusaHeads.from_state(shape, state)(x)
+    for got, one in zip(tgi_logits(directory, x, torch.empty(0)), expected, strict=True):
+        torch.testing.assert_close(got, one)
+    base = json.loads((directory / "config.json").read_text())["base_model_name_or_path"]
+    assert (directory / base).resolve() == artifacts / "compressed-tensors"
+    command = serve_command(directory, installed=False)
+    assert shown(command).startswith(f"cd {directory.resolve()} && text-generation-launcher ")
+    files = {path.name for path in directory.iterdir()}
+    assert "medusa_lm_head.safetensors" in files
+    assert not any(name.endswith((".pt", ".bin", ".pkl")) for name in files)
 
 
 def test_heads_of_the_baseline_on_a_quantized_target(project: Path) -> None:
@@ -161,6 +187,11 @@ def test_a_given_draft_of_other_tokens_fails_its_variant_alone(project: Path) ->
         ({"a": {"from": "int4", "speculate": {"ngram": {}, "medusa": {}}}}, "give one of medusa"),
         ({"a": {"from": "int4", "speculate": {"ngram": {"shortest": 5}}}}, "shortest must not"),
         ({"a": {"from": "int4", "speculate": {"medusa": {"head": 4}}}}, "did you mean 'heads'"),
+        ({"a": {"speculate": {"ngram": {}, "tgi": True}}}, "a layout of Medusa heads"),
+        (
+            {"a": {"speculate": {"medusa": {"draft_vocabulary": 9}, "tgi": True}}},
+            "no reduced vocabulary",
+        ),
         ({"a": {"speculate": {"draft": {}}}}, "give `blocks`, .* or `model`"),
         ({"a": {"speculate": {"draft": {"model": "m", "blocks": 2}}}}, "give `blocks`"),
         ({"a": {"speculate": {"draft": {"blocks": 2, "revision": "v"}}}}, "`revision` is of"),

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from compressor import record
+from compressor.export.options import SPECULATORS
 from compressor.export.serving import Command, serving
-from compressor.plan import SPECULATOR_FORMATS
 
 LICENCES = "licence"
 
@@ -53,7 +53,7 @@ class Artifact:
     @property
     def speculates(self) -> bool:
         """Whether it is a speculator, which comes beside the model that it drafts for."""
-        return self.format in SPECULATOR_FORMATS.values()
+        return self.format in SPECULATORS
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -101,7 +101,7 @@ class Artifact:
         for stage in self.stages.values():
             if stage["kind"] == "export" and stage["variant"] == self.variant:
                 found = stage["result"]["format"]
-                if found not in (*SPECULATOR_FORMATS.values(), "gguf", "onnx"):
+                if found not in (*SPECULATORS, "gguf", "onnx"):
                     return f"../{found}"
         return None
 
