@@ -113,7 +113,7 @@ def kept_files(stage: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Pu
         elif kind == "origin":
             yield entry, PurePosixPath("licence") / path
         elif kind == "draft" and path.parts[0] == "licence":
-            yield entry, PurePosixPath("licence") / variant / path.name
+            yield entry, PurePosixPath("draft-licence") / variant / path.name
         elif kind == "measure":
             yield entry, path
         elif kind == "calibrate" and path.suffix == ".npy":

@@ -11,7 +11,7 @@ from compressor import record
 from compressor.export.options import SPECULATORS
 from compressor.export.serving import Command, serving
 
-LICENCES = "licence"
+LICENCES, DRAFT_LICENCES = "licence", "draft-licence"  # of the base model, of a given draft model
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ class Artifact:
     @property
     def licences(self) -> Path:
         """Directory of the licence files that `origin` names."""
-        return self.run_dir / LICENCES / (self.variant if self._given_draft is not None else "")
+        if self._given_draft is not None:
+            return self.run_dir / DRAFT_LICENCES / self.variant
+        return self.run_dir / LICENCES
 
     @property
     def _given_draft(self) -> Mapping[str, Any] | None:

@@ -22,7 +22,7 @@ def acceptance(report: Mapping[str, Any]) -> Table:
     rows = []
     for variant, found in _speculating(report):
         method = NAMES.get(found["method"], found["method"])
-        if draft := found["draft"]:
+        if draft := found.get("draft"):
             source = f"given ({draft['source']})" if draft["source"] else None
             scheme = f"{draft['algorithm']} {draft['scheme']}" if draft["scheme"] else None
             method = ", ".join(part for part in (method, source, scheme) if part)
