@@ -14,13 +14,13 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import RunError
-from compressor.export.options import GPTQ, NOT_MEASURED, PACKED, Verify
+from compressor.export.options import GPTQ, MEDUSA_TGI, NOT_MEASURED, PACKED, Verify
 from compressor.export.readers import available
 from compressor.quantize import registry
 from compressor.store import Store, content_key, file_sha256
@@ -49,6 +49,8 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "verify": ("numerics", "models", "export", "imports"),
     "corpus": ("numerics", "models", "data", "speculate"),
     "features": ("numerics", "models", "speculate"),
+    "draft": ("models", "speculate"),
+    "quantize-draft": ("numerics", "models", "quantize"),
     "speculate": ("numerics", "models", "speculate"),
     "accept": ("numerics", "models", "data", "speculate"),
     "evaluate": ("numerics", "models", "evaluate", "measure/engines/transformers.py"),
@@ -56,6 +58,8 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "served": ("evaluate", "measure"),
     "measure": ("numerics", "models", "export", "measure", "data"),
 }
+_WALK = ("batch_size", "dtype", "all_experts")  # of `calibration`: how blocks run over its tokens
+_DATA = ("corpus", "features")  # kinds of stages that a speculator is trained on
 _HEAD_MEMORY = 300_000_000  # copies of a part of the output layer while it is solved
 _LIBRARIES = ("torch", "transformers", "compressed-tensors", "tokenizers", "gguf")
 
@@ -160,6 +164,12 @@ class ModelFacts:
     dtype: str = "bfloat16"
     tensors: tuple[tuple[str, tuple[int, ...]], ...] = field(default=(), repr=False)
 
+    def with_layers(self, layers: int) -> ModelFacts:
+        """Of the model with so many of its decoder blocks."""
+        embedding = self.vocabulary * self.hidden
+        block = max(self.parameters - embedding, 1) // max(self.layers, 1)
+        return replace(self, layers=layers, parameters=embedding + layers * block)
+
 
 @functools.cache
 def code_version(kind: str) -> str:
@@ -225,7 +235,7 @@ class _Builder:
         name: str,
         kind: str,
         config: dict[str, Any],
-        inputs: list[str],
+        inputs: Sequence[str],
         estimate: Estimate,
         *,
         variant: str | None = None,
@@ -264,7 +274,7 @@ class _Builder:
         calibration, walk = None, {}
         if recipe.calibration is not None:
             settings = recipe.calibration.model_dump(mode="json")
-            walk = {key: settings.pop(key) for key in ("batch_size", "dtype", "all_experts")}
+            walk = {key: settings.pop(key) for key in _WALK}
             calibration = self.add(
                 "calibrate",
                 "calibrate",
@@ -500,7 +510,6 @@ class _Builder:
             the export; none of prompt lookup.
         """
         from compressor.recipe import Speculation
-        from compressor.speculate.options import TRAINED
 
         speculate = self.recipe.variants[name].speculate
         assert speculate is not None
@@ -509,53 +518,47 @@ class _Builder:
         local = {"base_dir": self.recipe.base_dir}
         config = {
             "method": speculate.method,
-            "options": speculate.options.model_dump(mode="json"),
+            "options": speculate.options.model_dump(mode="json", exclude={"quantize"}),
         }
         learned: list[str] = []
         exports: list[str] = []
-        if speculate.method in TRAINED:
-            taught = own if speculate.trained_on == "variant" else baseline
-            estimates = self.speed.speculate(settings, speculate)
-            corpus = self.add(
-                f"corpus:{name}",
-                "corpus",
-                settings | _local_file(settings["prompts"], self.recipe.base_dir, self.store),
-                taught,
-                estimates["corpus"],
-                variant=name,
-                local=local,
-            )
-            features = self.add(
-                f"features:{name}",
-                "features",
-                {
-                    "aux": speculate.method == "eagle3",
-                    "layers": getattr(speculate.options, "aux_layers", None),
-                },
-                [*taught, corpus],
-                estimates["features"],
-                variant=name,
-            )
-            trained = self.add(
-                f"speculate:{name}",
-                "speculate",
-                config,
-                [*taught, corpus, features],
-                estimates["speculate"],
-                variant=name,
-            )
-            learned = [corpus, features, trained]
+        facts = self.facts
+        if (draft := speculate.draft) is not None:
+            facts = self.facts.with_layers(draft.blocks or 0)
+            if draft.model is not None:
+                given, facts = self._given_draft(name, draft.model, draft.revision, baseline)
+                learned.append(given)
+        taught = own if speculate.trained_on == "variant" else baseline
+        if speculate.is_trained:
+            learned += self._train(name, settings, config, taught, learned, facts)
+        if speculate.draft_steps:
+            learned.append(self._quantize_draft(name, learned, facts))
+        if speculate.method in SPECULATOR_FORMATS:
             fmt = SPECULATOR_FORMATS[speculate.method]
             exports = [
                 self.add(
                     f"export:{name}:{fmt}",
                     "export",
                     {"variant": name, "format": fmt, **config},
-                    [*taught, trained],
-                    Estimate(5, 1_500_000_000, 4 * self.facts.parameters),
+                    [*taught, *(one for one in learned if self.stages[one].kind not in _DATA)],
+                    Estimate(5, 1_500_000_000, 4 * facts.parameters),
                     variant=name,
                 )
             ]
+        if speculate.tgi:
+            self.add(
+                f"export:{name}:{MEDUSA_TGI}",
+                "export",
+                {
+                    "variant": name,
+                    "format": MEDUSA_TGI,
+                    "target": f"../{self.recipe.tgi_target(self.recipe.variants[name])}",
+                    **config,
+                },
+                self.stages[exports[0]].inputs,
+                Estimate(5, 1_500_000_000, 4 * facts.parameters),
+                variant=name,
+            )
         self.add(
             f"accept:{name}",
             "accept",
@@ -574,6 +577,114 @@ class _Builder:
             local=local,
         )
         return exports
+
+    def _train(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        config: dict[str, Any],
+        taught: list[str],
+        start: list[str],
+        facts: ModelFacts,
+    ) -> list[str]:
+        """Answers to learn from, hidden states over them, and the training on both.
+
+        Args:
+            name: the variant.
+            settings: of the recipe's ``speculation`` section, but for what is tried.
+            config: the method and its options.
+            taught: inputs that make the model whose answers they are.
+            start: a given draft model.
+            facts: of the draft model; the target's for other methods.
+        """
+        speculate = self.recipe.variants[name].speculate
+        assert speculate is not None
+        estimates = self.speed.speculate(settings, speculate, facts)
+        corpus = self.add(
+            f"corpus:{name}",
+            "corpus",
+            settings | _local_file(settings["prompts"], self.recipe.base_dir, self.store),
+            taught,
+            estimates["corpus"],
+            variant=name,
+            local={"base_dir": self.recipe.base_dir},
+        )
+        features = self.add(
+            f"features:{name}",
+            "features",
+            {
+                "aux": speculate.method == "eagle3",
+                "layers": getattr(speculate.options, "aux_layers", None),
+            },
+            [*taught, corpus],
+            estimates["features"],
+            variant=name,
+        )
+        trained = self.add(
+            f"speculate:{name}",
+            "speculate",
+            config,
+            [*taught, *start, corpus, features],
+            estimates["speculate"],
+            variant=name,
+        )
+        return [corpus, features, trained]
+
+    def _given_draft(
+        self, name: str, source: str, revision: str | None, baseline: list[str]
+    ) -> tuple[str, ModelFacts]:
+        """The stage that opens a given draft model, and the model's sizes."""
+        from compressor.models.source import resolve_source
+
+        where = self.recipe.place("variants", name, "speculate", "draft", "model")
+        try:
+            resolved = resolve_source(source, revision=revision, base_dir=self.recipe.base_dir)
+        except RunError as error:
+            other = "give a Hub id (org/name), a directory in safetensors, or a .gguf file"
+            fix = other if "model." in (error.fix or "model.") else error.fix
+            raise RunError(f"draft model {source!r}: {error.what}", where=where, fix=fix) from error
+        facts = model_facts(resolved)
+        stage = self.add(
+            f"draft:{name}",
+            "draft",
+            {"source": _fingerprint(resolved, self.store), "texts": _licence_texts(resolved)},
+            baseline[:1],
+            _Speed(facts).load(resolved.kind),
+            variant=name,
+            local={"resolved": resolved},
+        )
+        return stage, facts
+
+    def _quantize_draft(self, name: str, learned: list[str], facts: ModelFacts) -> str:
+        """Quantize a draft model by its own steps."""
+        recipe, speculate = self.recipe, self.recipe.variants[name].speculate
+        assert speculate is not None
+        steps = speculate.draft_steps
+        config: dict[str, Any] = {"steps": [step.dump() for step in steps]}
+        inputs = [one for one in learned if self.stages[one].kind not in _DATA]
+        tokens = length = 0
+        if any(step.needs_calibration for step in steps):
+            assert recipe.calibration is not None
+            inputs.append("calibrate")
+            settings = recipe.calibration.model_dump(mode="json")
+            config |= {key: settings[key] for key in _WALK}
+            length = recipe.calibration.length
+            tokens = recipe.calibration.samples * length
+        return self.add(
+            f"quantize-draft:{name}",
+            "quantize-draft",
+            config,
+            inputs,
+            _Speed(facts).quantize(
+                tokens,
+                length,
+                [step.options for step in steps],
+                roles=[_role(step.algorithm) for step in steps],
+                batch_size=recipe.calibration.batch_size if recipe.calibration else 1,
+                dtype=_calibration_dtype(recipe, facts),
+            ),
+            variant=name,
+        )
 
     def _export(
         self,
@@ -1031,12 +1142,15 @@ class _Speed:
         seconds = 20 + tokens * 2 * self.facts.parameters / self.flops
         return Estimate(seconds, memory, 300 * tokens // self.DOCUMENT_TOKENS)
 
-    def speculate(self, settings: dict[str, Any], speculate: Any) -> dict[str, Estimate]:
+    def speculate(
+        self, settings: dict[str, Any], speculate: Any, drafts: ModelFacts
+    ) -> dict[str, Estimate]:
         """What making the corpus, its features and the speculator takes, by kind of stage.
 
         Args:
             settings: of the recipe's ``speculation`` section.
             speculate: the variant's section.
+            drafts: of the draft model, for that method.
         """
         from compressor.speculate.features import feature_bytes
         from compressor.speculate.own_prompts import LENGTH, OWN, SURPLUS
@@ -1060,7 +1174,7 @@ class _Speed:
         elif speculate.method == "eagle3":
             work = options.depth * (self.block_parameters + draft * f.hidden)
         else:
-            work = options.blocks * self.block_parameters + f.vocabulary * f.hidden
+            work = drafts.parameters
         layers = 3 if speculate.method == "eagle3" else 0
         disk = feature_bytes(tokens, f.hidden, layers)
         trained = 3 * 4 * work

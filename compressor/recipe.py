@@ -23,6 +23,7 @@ from pydantic import (
     StringConstraints,
     ValidationError,
     create_model,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -31,12 +32,21 @@ from pydantic_core import PydanticCustomError
 from compressor.errors import RecipeError
 from compressor.evaluate.options import NEED_TASKS, TOLERANCE, Drift, Gate, Positions, Share
 from compressor.evaluate.task_options import TaskChoice
-from compressor.export.options import GGUF, GPTQ, GPTQ_BITS, Import, Safetensors, Verify
+from compressor.export.options import (
+    GGUF,
+    GPTQ,
+    GPTQ_BITS,
+    WHOLE,
+    Import,
+    Safetensors,
+    Verify,
+)
 from compressor.numerics.scheme import Scheme
 from compressor.publish.options import Publish
 from compressor.quantize import registry
 from compressor.speculate.options import (
     OPTIONS,
+    TRAINED,
     DraftModelOptions,
     Eagle3Options,
     MedusaOptions,
@@ -158,6 +168,34 @@ class Step(_Section):
         return {self.algorithm: self.options.model_dump(mode="json")}
 
 
+def _in_order(steps: list[Step]) -> list[Step]:
+    """The steps, which make one quantization: one quantizer, each kind in its place."""
+    if not steps:
+        return steps
+    kinds = [registry.get(step.algorithm).kind for step in steps]
+    if kinds.count("weights") + kinds.count("library") != 1:
+        raise ValueError("exactly one step must be a quantizer such as gptq or rtn")
+    if "library" in kinds and not set(kinds) <= {"rotation", "library"}:
+        raise ValueError(
+            f"{steps[kinds.index('library')].algorithm} does everything by itself: only "
+            "rotation goes with it"
+        )
+    if kinds.count("rotation") > 1:
+        raise ValueError("a model is rotated once")
+    if kinds != sorted(kinds, key=registry.KINDS.index):
+        raise ValueError(
+            "steps come in this order: rotation, transforms (smoothquant, awq), the quantizer, "
+            "refinements (coordinate_descent, signround, distillation)"
+        )
+    levels = [getattr(registry.get(step.algorithm), "level", None) for step in steps]
+    if "model" in levels[:-1]:
+        raise ValueError(
+            f"{steps[levels.index('model')].algorithm} looks at the whole quantized model: it "
+            "comes last"
+        )
+    return steps
+
+
 class Precision(_Section):
     """Mixed precision: bits go to the layers that lose most without them. Give one budget."""
 
@@ -261,19 +299,49 @@ class Serve(_Section):
 _BY_NAME = ("medusa", "eagle3", "ngram")  # methods that need no options
 
 
+class Draft(DraftModelOptions):
+    """Options of a draft model: some of the target's own blocks, or a given smaller model of the
+    same tokenizer; as it is, distilled on the target's answers, and quantized if asked."""
+
+    quantize: list[Step] = Field(
+        default_factory=list,
+        description="Algorithms that quantize the draft, as of variants (rotations and libraries' "
+        "formats apart), with the recipe's `calibration:`. Left in full precision when absent.",
+        json_schema_extra={"default": []},
+    )
+
+    @field_validator("quantize")
+    @classmethod
+    def _steps(cls, steps: list[Step]) -> list[Step]:
+        for step in _in_order(steps):
+            if registry.get(step.algorithm).kind in ("rotation", "library"):
+                raise ValueError(f"a draft is not quantized with {step.algorithm}: leave it out")
+        return steps
+
+    @field_serializer("quantize")
+    def _dumped(self, steps: list[Step]) -> list[dict[str, Any]]:
+        return [step.dump() for step in steps]
+
+
 class Speculate(_Section):
     """What guesses tokens ahead, for the variant to verify: one of these methods."""
 
     medusa: MedusaOptions | None = Field(None, description="Medusa heads, trained.")
     eagle3: Eagle3Options | None = Field(None, description="An EAGLE-3 head, trained.")
-    draft: DraftModelOptions | None = Field(
-        None, description="A draft model of some of the target's own blocks, distilled."
+    draft: Draft | None = Field(
+        None,
+        description="A draft model: some of the target's own blocks, distilled, or a given one.",
     )
     ngram: NgramOptions | None = Field(None, description="Prompt lookup: nothing is trained.")
     trained_on: Literal["variant", "baseline"] = Field(
         "variant",
         description="Whose answers and hidden states it learns: the variant's own, as it will be "
         "served, or the baseline's.",
+    )
+    tgi: bool = Field(
+        False,
+        description="Write Medusa heads in TGI's layout too, beside vLLM's: a directory of its own "
+        "whose config.json names the variant's model by a path beside it.",
     )
     tree_nodes: int = Field(
         16, ge=1, description="Candidates of a tree, which our own decoder tries beside the chain."
@@ -296,6 +364,20 @@ class Speculate(_Section):
             raise ValueError("give one of medusa, eagle3, draft and ngram")
         return self
 
+    @model_validator(mode="after")
+    def _tgi_loads(self) -> Speculate:
+        if not self.tgi:
+            return self
+        if self.medusa is None:
+            raise ValueError("`tgi:` is a layout of Medusa heads: remove it, or train those")
+        bare = self.medusa.output == "original" and self.medusa.layers == 1
+        if self.medusa.draft_vocabulary is not None and not bare:
+            raise ValueError(
+                "TGI knows no reduced vocabulary: leave draft_vocabulary out, or set output: "
+                "original with layers: 1, or remove `tgi:`"
+            )
+        return self
+
     @property
     def method(self) -> str:
         """Name of the method."""
@@ -305,6 +387,16 @@ class Speculate(_Section):
     def options(self) -> BaseModel:
         """What is set of the method."""
         return getattr(self, self.method)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether anything is learned: not for prompt lookup, nor for a draft taken as it is."""
+        return self.method in TRAINED and getattr(self.options, "epochs", 0) > 0
+
+    @property
+    def draft_steps(self) -> list[Step]:
+        """What the draft model is quantized by; nothing of other methods."""
+        return self.draft.quantize if self.draft is not None else []
 
     @property
     def depth(self) -> int:
@@ -374,33 +466,7 @@ class Variant(_Section):
         """The step that turns weights into codes; StopIteration where nothing is quantized."""
         return next(s for s in self.quantize if registry.get(s.algorithm).kind == "weights")
 
-    @field_validator("quantize")
-    @classmethod
-    def _in_order(cls, steps: list[Step]) -> list[Step]:
-        if not steps:
-            return steps
-        kinds = [registry.get(step.algorithm).kind for step in steps]
-        if kinds.count("weights") + kinds.count("library") != 1:
-            raise ValueError("exactly one step must be a quantizer such as gptq or rtn")
-        if "library" in kinds and not set(kinds) <= {"rotation", "library"}:
-            raise ValueError(
-                f"{steps[kinds.index('library')].algorithm} does everything by itself: only "
-                "rotation goes with it"
-            )
-        if kinds.count("rotation") > 1:
-            raise ValueError("a model is rotated once")
-        if kinds != sorted(kinds, key=registry.KINDS.index):
-            raise ValueError(
-                "steps come in this order: rotation, transforms (smoothquant, awq), the quantizer, "
-                "refinements (coordinate_descent, signround, distillation)"
-            )
-        levels = [getattr(registry.get(step.algorithm), "level", None) for step in steps]
-        if "model" in levels[:-1]:
-            raise ValueError(
-                f"{steps[levels.index('model')].algorithm} looks at the whole quantized model: it "
-                "comes last"
-            )
-        return steps
+    _steps = field_validator("quantize")(_in_order)
 
     @model_validator(mode="after")
     def _does_something(self) -> Variant:
@@ -953,8 +1019,24 @@ class Recipe(_Section):
                 )
 
     def _check_speculate(self, name: str, variant: Variant) -> None:
-        """A speculating variant is served by an engine that knows how."""
-        if variant.speculate is None or self.measure is None:
+        """What a speculating variant needs is there, and its engine knows how to serve it."""
+        if variant.speculate is None:
+            return
+        steps = variant.speculate.draft_steps
+        if self.calibration is None and any(step.needs_calibration for step in steps):
+            raise PydanticCustomError(
+                "needs_calibration",
+                "its algorithm needs a `calibration:` section in the recipe",
+                {"loc": ("variants", name, "speculate", "draft", "quantize")},
+            )
+        if variant.speculate.tgi and self.tgi_target(variant) is None:
+            raise PydanticCustomError(
+                "tgi",
+                "TGI loads none of the variant's formats to draft for: add compressed-tensors to "
+                "`export:`, or remove `tgi:`",
+                {"loc": ("variants", name, "speculate", "tgi")},
+            )
+        if self.measure is None:
             return
         if self.measure.engine != "vllm":
             raise PydanticCustomError(
@@ -1180,6 +1262,12 @@ class Recipe(_Section):
         """``file:line`` of a key, or of the nearest above it that is there."""
         return f"{self._path}:{_line(_compose(self._path), loc)}"
 
+    def tgi_target(self, variant: Variant) -> str | None:
+        """The first of a variant's formats that TGI loads, if there is one."""
+        if variant.library is not None:
+            return None
+        return next((fmt for fmt in self.export if fmt in WHOLE), None)
+
     @property
     def base_dir(self) -> Path:
         """Directory that relative paths start from."""
@@ -1215,10 +1303,23 @@ def recipe_model() -> type[Recipe]:
         for name in registry.names()
     }
     step = create_model("Step", __base__=Step, **options)
+    draft = create_model(
+        "Draft",
+        __base__=Draft,
+        __doc__=Draft.__doc__,
+        quantize=(list[step], Draft.model_fields["quantize"]),  # type: ignore[valid-type]
+    )
+    speculate = create_model(
+        "Speculate",
+        __base__=Speculate,
+        __doc__=Speculate.__doc__,
+        draft=(draft | None, Speculate.model_fields["draft"]),
+    )
     variant = create_model(
         "Variant",
         __base__=Variant,
         quantize=(list[step], Variant.model_fields["quantize"]),  # type: ignore[valid-type]
+        speculate=(speculate | None, Variant.model_fields["speculate"]),
     )
     return create_model(
         "Recipe",
@@ -1258,9 +1359,10 @@ def recipe_schema() -> dict[str, Any]:
     schema = recipe_model().model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "compressor recipe"
-    steps = schema["$defs"]["Variant"]["properties"]["quantize"]
     by_name = {"type": "string", "enum": registry.names()}  # a step without options
-    steps["items"] = {"anyOf": [steps["items"], by_name]}
+    for owner in ("Variant", "Draft"):
+        steps = schema["$defs"][owner]["properties"]["quantize"]
+        steps["items"] = {"anyOf": [steps["items"], by_name]}
     speculate = schema["$defs"]["Variant"]["properties"]["speculate"]
     speculate["anyOf"].append({"type": "string", "enum": list(_BY_NAME)})
     tasks = schema["$defs"]["Evaluate"]["properties"]["tasks"]

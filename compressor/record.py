@@ -59,7 +59,7 @@ def stage_record(
     """
     manifest = stored.manifest
     result = dict(manifest["result"])
-    if manifest["kind"] == "load":
+    if manifest["kind"] in ("load", "draft"):
         result["path"] = None  # a place on this machine
     return {
         "name": name,
@@ -112,6 +112,8 @@ def kept_files(stage: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Pu
             yield entry, export_directory(stage) / path.relative_to("artifact")
         elif kind == "origin":
             yield entry, PurePosixPath("licence") / path
+        elif kind == "draft" and path.parts[0] == "licence":
+            yield entry, PurePosixPath("draft-licence") / variant / path.name
         elif kind == "measure":
             yield entry, path
         elif kind == "calibrate" and path.suffix == ".npy":
@@ -326,10 +328,11 @@ def _speculation(own: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, A
             and any(stage.startswith("quantize:") for stage in tried["inputs"])
             and not any(stage.startswith("quantize:") for stage in corpus["inputs"])
         ),
+        "draft": _draft(own, name),
         "answer_tokens": corpus["result"]["answer_tokens"] if corpus else None,
         "seconds": {
             kind: own[f"{kind}:{name}"]["seconds"]
-            for kind in ("corpus", "features", "speculate")
+            for kind in ("corpus", "features", "speculate", "quantize-draft")
             if f"{kind}:{name}" in own
         },
         "losses": [step["loss"] for step in trained["result"]["steps"]] if trained else [],
@@ -338,6 +341,20 @@ def _speculation(own: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, A
         "results": result["results"],
         "tree": result["tree"],
         "times": result["times"],
+    }
+
+
+def _draft(own: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any] | None:
+    """Where a draft model comes from, if it was given, and what it is quantized by."""
+    given, quantized = own.get(f"draft:{name}"), own.get(f"quantize-draft:{name}")
+    if given is None and quantized is None:
+        return None
+    steps = quantized["config"]["steps"] if quantized else []
+    return {
+        "source": given["result"]["source"] if given else None,
+        "parameters": given["result"]["parameters"] if given else None,
+        "algorithm": "+".join(next(iter(step)) for step in steps) or None,
+        "scheme": quantized["result"]["scheme"]["name"] if quantized else None,
     }
 
 

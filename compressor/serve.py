@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from compressor.errors import RecipeError, RunError
+from compressor.export.options import MEDUSA_TGI
 from compressor.export.serving import TARGET, fill
 
 SERVING = "serving.json"
@@ -24,10 +25,17 @@ SERVING = "serving.json"
 
 @dataclass(frozen=True)
 class ServeCommand:
-    """A command that is ready to run: the engine's name and the words."""
+    """A command that is ready to run.
+
+    Attributes:
+        engine: its name.
+        words: the command.
+        directory: to start it in, where it reads paths that start there.
+    """
 
     engine: str
     words: tuple[str, ...]
+    directory: Path | None = None
 
 
 def serve_command(
@@ -98,7 +106,8 @@ def serve_command(
         port=port or known[chosen]["port"],
         target=other,
     )
-    return ServeCommand(chosen, (*filled, *extra))
+    inside = directory.resolve() if facts["format"] == MEDUSA_TGI else None
+    return ServeCommand(chosen, (*filled, *extra), inside)
 
 
 def _facts(directory: Path) -> dict[str, Any]:
@@ -139,7 +148,8 @@ def _target(directory: Path, facts: dict[str, Any], target: Path | None) -> str:
 
 def shown(command: ServeCommand) -> str:
     """As one line of a shell."""
-    return shlex.join(command.words)
+    there = f"cd {shlex.quote(str(command.directory))} && " if command.directory else ""
+    return there + shlex.join(command.words)
 
 
 def run(command: ServeCommand) -> NoReturn:
@@ -154,6 +164,8 @@ def run(command: ServeCommand) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     try:
+        if command.directory is not None:
+            os.chdir(command.directory)
         os.execvpe(command.words[0], list(command.words), environment)
     except OSError as error:
         raise RunError(

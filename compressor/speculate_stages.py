@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import RecipeError
+from compressor.export.options import MEDUSA_TGI
 from compressor.progress import counting
 from compressor.store import write_atomic
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from compressor.speculate.tree import Tree
     from compressor.stages import Context
 
+LICENCES = "licence"  # directory of a given draft's licence files
 RAW = "decoded.jsonl"  # what acceptance was counted from
 _FEATURE_BATCH = 8  # samples that run together
 _SWEEP_LENGTH = 48  # tokens of each answer that is timed, at most
@@ -123,7 +125,7 @@ def speculate(context: Context) -> dict[str, Any]:
         facts = train_speculator(
             options,
             model,
-            context.model_dir,
+            _draft_source(context),
             read,
             states,
             context.directory,
@@ -131,6 +133,67 @@ def speculate(context: Context) -> dict[str, Any]:
         )
     shutil.rmtree(context.directory / WORK, ignore_errors=True)
     return facts
+
+
+def draft(context: Context) -> dict[str, Any]:
+    """Open a given draft model, and see that it speaks the target's tokens."""
+    import shutil
+
+    from compressor.models.architecture import CausalLM
+    from compressor.models.origin import licence_files, read_origin
+    from compressor.models.source import materialise
+    from compressor.speculate.draft import check_tokenizer
+
+    resolved = context.stage.local["resolved"]
+    with context.progress.task(f"draft model of {context.stage.variant}", None):
+        path = materialise(resolved, context.directory / "checkpoint")
+        check_tokenizer(context.baseline_dir, path)
+        model = CausalLM.open(path)
+        problems = model.check_weights()
+    for file in licence_files(resolved):
+        (context.directory / LICENCES).mkdir(exist_ok=True)
+        shutil.copyfile(file, context.directory / LICENCES / file.name)
+    return {
+        "path": None if path.is_relative_to(context.directory) else str(path),
+        "source": resolved.source,
+        "revision": resolved.revision,
+        "parameters": model.num_parameters,
+        "notes": problems,
+        "origin": read_origin(resolved).to_dict(),
+    }
+
+
+def quantize_draft(context: Context) -> dict[str, Any]:
+    """Quantize a draft model, given or made, on the calibration text."""
+    import numpy as np
+    import torch
+
+    from compressor.models.architecture import CausalLM
+    from compressor.quantize.driver import quantize_model
+    from compressor.quantize.stream import calibration_dtype
+    from compressor.stages import algorithms
+
+    c, calibration = context.config, context.find("calibrate")
+    model = CausalLM.open(_draft_dir(context))
+    transforms, algorithm, refinements = algorithms(c["steps"], model.config.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = getattr(torch, c.get("dtype", "auto"), None)
+    total = len(model.blocks)
+    total += sum(one.options.steps for one in refinements if one.level == "model")
+    with context.progress.task(f"quantize the draft of {context.stage.variant}", total) as task:
+        return quantize_model(
+            model,
+            algorithm,
+            context.directory,
+            transforms=transforms,
+            refinements=refinements,
+            tokens=np.load(calibration.path / "tokens.npy") if calibration else None,
+            batch_size=c.get("batch_size", 1),
+            all_experts=c.get("all_experts", False),
+            dtype=wanted or calibration_dtype(model.config.dtype, device),
+            device=device,
+            advance=counting(task),
+        )
 
 
 def accept(context: Context) -> dict[str, Any]:
@@ -158,7 +221,8 @@ def accept(context: Context) -> dict[str, Any]:
             heads, corpus, Features.open(context.need("features").path), c["tree_nodes"]
         )
 
-    proposers = make_proposers(options, directory, model, tree, c["tree_nodes"])
+    drafts = _draft_model(context, model) if c["method"] == "draft" else None
+    proposers = make_proposers(options, directory, model, tree, c["tree_nodes"], drafts)
     chosen: Tree | None = getattr(proposers.get("tree"), "tree", None)
     title = f"try {c['method']} of {context.stage.variant}"
     tried = prompts[: c["test_samples"]]
@@ -200,19 +264,26 @@ def accept(context: Context) -> dict[str, Any]:
 
 def export(context: Context, provenance: dict[str, Any], directory: Path) -> None:
     """Write a trained speculator as its engine loads it."""
-    from compressor.export import draft, medusa, speculators
+    from compressor.export import medusa, speculators
     from compressor.models.architecture import CausalLM
     from compressor.speculate.options import OPTIONS
-    from compressor.speculate.pipeline import DRAFT, load_eagle3_head, load_medusa_heads
+    from compressor.speculate.pipeline import load_eagle3_head, load_medusa_heads
 
+    fmt = context.config["format"]
+    if fmt == "draft-model":
+        return _export_draft(context, provenance, directory)
     trained, load = context.need("speculate"), context.need("load")
     trained.verify()
     options: Any = OPTIONS[context.config["method"]].model_validate(context.config["options"])
-    fmt = context.config["format"]
-    if fmt == "medusa":
+    if context.config["method"] == "medusa":
         heads = load_medusa_heads(trained.path)
-        medusa.export_vllm(heads.state_dict(), heads.shape(), provenance, directory)
-    elif fmt == "speculators":
+        state, shape = heads.state_dict(), heads.shape()
+        if fmt == MEDUSA_TGI:
+            base = context.config["target"]
+            medusa.export_tgi(state, shape, provenance, directory, base_model=base)
+        else:
+            medusa.export_vllm(state, shape, provenance, directory)
+    else:
         opened = CausalLM.open(context.model_dir)
         speculators.export(
             load_eagle3_head(trained.path, options, opened.config),
@@ -224,8 +295,36 @@ def export(context: Context, provenance: dict[str, Any], directory: Path) -> Non
             },
             provenance=provenance,
         )
-    else:
-        draft.export(trained.path / DRAFT, context.model_dir, provenance, directory)
+
+
+def _export_draft(context: Context, provenance: dict[str, Any], directory: Path) -> None:
+    """Write a draft model, quantized where it is."""
+    from compressor.export import draft as exporter
+    from compressor.quantize.codes import iterate_quantized, replaced_tensors
+
+    given, quantized = context.find("draft"), context.find("quantize-draft")
+    for stage in (context.find("speculate"), quantized):
+        if stage is not None:
+            stage.verify()
+    if given is not None:
+        provenance = provenance | {
+            "draft": {key: given.result[key] for key in ("source", "revision")}
+        }
+    codes = None
+    if quantized is not None:
+        skipped = [entry["name"] for entry in quantized.result["coverage"]["skipped"]]
+        codes = exporter.Codes(
+            iterate_quantized(quantized.path), skipped, replaced_tensors(quantized.path)
+        )
+    exporter.export(
+        _draft_dir(context),
+        _draft_source(context),
+        context.model_dir,
+        provenance,
+        directory,
+        codes,
+        licences=sorted((given.path / LICENCES).glob("*")) if given else (),
+    )
 
 
 def serving_flags(settings: dict[str, Any], directory: Path | None) -> tuple[str, ...]:
@@ -260,6 +359,37 @@ def target(context: Context) -> Any:
     else:
         model = CausalLM.open(context.model_dir).load_full(torch.float32, device)
     return model.eval().requires_grad_(False)
+
+
+def _draft_source(context: Context) -> Path:
+    """Checkpoint that a draft is made of: the given one, or the target's."""
+    from compressor.stages import model_dir
+
+    given = context.find("draft")
+    return model_dir(given) if given is not None else context.model_dir
+
+
+def _draft_dir(context: Context) -> Path:
+    """Checkpoint of the draft: as it was trained, or the given one as it is."""
+    from compressor.speculate.pipeline import DRAFT
+
+    trained = context.find("speculate")
+    return trained.path / DRAFT if trained is not None else _draft_source(context)
+
+
+def _draft_model(context: Context, target: Any) -> Any:
+    """The draft, quantized where it is, on the target's device and in its dtype."""
+    from compressor.models.architecture import CausalLM
+    from compressor.stages import quantized_model
+
+    embeddings = target.get_input_embeddings().weight
+    directory, quantized = _draft_dir(context), context.find("quantize-draft")
+    if quantized is not None:
+        device = embeddings.device.type
+        made: Any = quantized_model(directory, quantized, device, embeddings.dtype)
+    else:
+        made = CausalLM.open(directory).load_full(embeddings.dtype, embeddings.device)
+    return made.eval().requires_grad_(False)
 
 
 def _own_prompts(context: Context, model: Any, tokenizer: Any, count: int) -> list[list[int]]:

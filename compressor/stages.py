@@ -832,6 +832,8 @@ FUNCTIONS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "corpus": speculate_stages.corpus,
     "features": speculate_stages.features,
     "speculate": speculate_stages.speculate,
+    "draft": speculate_stages.draft,
+    "quantize-draft": speculate_stages.quantize_draft,
     "accept": speculate_stages.accept,
     "export": export,
     "verify": verify,

@@ -119,7 +119,8 @@ def export_tgi(
 
     Args:
         state, shape, provenance, directory, dtype: as for `export_vllm`.
-        base_model: id or directory of the target, which TGI loads from there.
+        base_model: id or directory of the target, which TGI loads from there; a relative one starts
+            where TGI was started.
 
     Raises:
         RunError: the vocabulary is reduced and the output layer not the target's own.

@@ -14,6 +14,11 @@ PACKED = ("gptq", "awq")  # formats of codes alone
 # Formats whose artifacts are written and verified; what is measured is the compressed-tensors one.
 NOT_MEASURED = ("gptq", "awq", "safetensors")
 
+# Formats that are a whole model for engines which read Hugging Face's layout.
+WHOLE = ("compressed-tensors", "gptq", "awq", "safetensors")
+MEDUSA_TGI = "medusa-tgi"  # Medusa heads as TGI loads them
+SPECULATORS = ("medusa", MEDUSA_TGI, "speculators", "draft-model")
+
 
 class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)

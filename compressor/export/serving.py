@@ -15,13 +15,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from compressor.export.options import MEDUSA_TGI, SPECULATORS, WHOLE
 from compressor.export.vllm import speculative_config
 
 MODEL, TARGET, HOST, PORT = "{model}", "{target}", "{host}", "{port}"
-# Formats of directories that are a whole model for engines which read Hugging Face's layout.
-_WHOLE = ("compressed-tensors", "gptq", "awq", "safetensors")
-_SPECULATORS = ("medusa", "speculators", "draft-model")
 _METHODS = {"medusa": "medusa", "speculators": "eagle3", "draft-model": "draft"}
+
+_TGI_NOTE = (
+    "TGI finds the model that the heads draft for by base_model_name_or_path in config.json, a "
+    "path beside this directory: start it here, or write that model's directory or repository "
+    "there."
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def serving(
         found = [Command("llama.cpp", ("llama-server", "--model", path, *address))]
     elif fmt == "bitsandbytes":
         found = [Command("transformers", ("transformers", "serve", MODEL, *address))]
-    elif fmt in _WHOLE:
+    elif fmt in WHOLE:
         guess: tuple[str, ...] = ()
         if lookup is not None and tokens is not None:
             guess = ("--speculative-config", speculative_config("ngram", tokens, None, **lookup))
@@ -77,14 +81,12 @@ def serving(
                 "sglang",
                 ("python", "-m", "sglang.launch_server", "--model-path", MODEL, *address),
             ),
-            Command(
-                "tgi",
-                ("text-generation-launcher", "--model-id", MODEL, "--hostname", HOST,
-                 "--port", PORT),
-            ),
+            Command("tgi", _tgi()),
             Command("transformers", ("transformers", "serve", MODEL, *address)),
         ]  # fmt: skip
-    elif fmt in _SPECULATORS and tokens is not None:
+    elif fmt == MEDUSA_TGI:
+        found = [Command("tgi", _tgi(), _TGI_NOTE)]
+    elif fmt in SPECULATORS and tokens is not None:
         config = speculative_config(_METHODS[fmt], tokens, MODEL)
         found = [
             Command("vllm", ("vllm", "serve", TARGET, *address, "--speculative-config", config))
@@ -102,6 +104,10 @@ def serving(
                 )
             )  # fmt: skip
     return [command for command in found if command.engine not in (refused or {})]
+
+
+def _tgi() -> tuple[str, ...]:
+    return ("text-generation-launcher", "--model-id", MODEL, "--hostname", HOST, "--port", PORT)
 
 
 def fill(

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from compressor import record
+from compressor.export.options import SPECULATORS
 from compressor.export.serving import Command, serving
-from compressor.plan import SPECULATOR_FORMATS
 
-LICENCES = "licence"
+LICENCES, DRAFT_LICENCES = "licence", "draft-licence"  # of the base model, of a given draft model
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Artifact:
     @property
     def speculates(self) -> bool:
         """Whether it is a speculator, which comes beside the model that it drafts for."""
-        return self.format in SPECULATOR_FORMATS.values()
+        return self.format in SPECULATORS
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -62,14 +62,30 @@ class Artifact:
 
     @property
     def origin(self) -> Mapping[str, Any]:
-        """What the base model's source says of itself (`models.origin.Origin`)."""
+        """What the base model's source says of itself (`models.origin.Origin`); of a given draft
+        model, what its own source says."""
+        if self._given_draft is not None:
+            return self._given_draft["result"]["origin"]
         stage = self.stages.get("origin")
         return stage["result"] if stage else {}
+
+    @property
+    def licences(self) -> Path:
+        """Directory of the licence files that `origin` names."""
+        if self._given_draft is not None:
+            return self.run_dir / DRAFT_LICENCES / self.variant
+        return self.run_dir / LICENCES
+
+    @property
+    def _given_draft(self) -> Mapping[str, Any] | None:
+        return self.stages.get(f"draft:{self.variant}") if self.speculates else None
 
     @property
     def base_model(self) -> str | None:
         """The base model's id on the Hub; None where nothing tells it."""
         stated = (self.lock.get("publish") or {}).get("base_model")
+        if self._given_draft is not None:
+            stated = None  # that is of the target
         return stated or self.origin.get("hub_id")
 
     @property
@@ -87,7 +103,7 @@ class Artifact:
         for stage in self.stages.values():
             if stage["kind"] == "export" and stage["variant"] == self.variant:
                 found = stage["result"]["format"]
-                if found not in (*SPECULATOR_FORMATS.values(), "gguf", "onnx"):
+                if found not in (*SPECULATORS, "gguf", "onnx"):
                     return f"../{found}"
         return None
 

@@ -65,7 +65,7 @@ def restrictions(origin: Mapping[str, Any], texts: Mapping[str, str]) -> list[st
 
 def licence_texts(artifact: Artifact) -> dict[str, str]:
     """The base model's licence files in the run, by name."""
-    directory = artifact.run_dir / "licence"
+    directory = artifact.licences
     return {
         name: (directory / name).read_text(encoding="utf-8", errors="replace")
         for name in artifact.origin.get("files", [])

@@ -16,7 +16,7 @@ from typing import Any
 
 from compressor import record
 from compressor.export.artifact import PROVENANCE, SUMS
-from compressor.publish.artifacts import LICENCES, Artifact, read_artifacts
+from compressor.publish.artifacts import Artifact, read_artifacts
 from compressor.publish.card import DEFAULT_PORT, PORTS, render
 from compressor.store import content_key, file_sha256s, write_atomic
 
@@ -40,7 +40,7 @@ def complete_artifacts(run_dir: Path, report: Mapping[str, Any]) -> None:
             write_atomic(artifact.directory / name, text)
         for name in artifact.origin.get("files", []):
             if not (artifact.directory / name).exists():
-                record.place_file(run_dir / LICENCES / name, artifact.directory / name)
+                record.place_file(artifact.licences / name, artifact.directory / name)
         _write_sums(artifact)
 
 

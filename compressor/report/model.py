@@ -604,6 +604,15 @@ class ServedDrafts(Strict):
     accepted_by_position: list[float]
 
 
+class DraftModel(Strict):
+    """A draft model that was given (`source`), quantized (`algorithm` and `scheme`), or both."""
+
+    source: str | None = None
+    parameters: int | None = None
+    algorithm: str | None = None
+    scheme: str | None = None
+
+
 class Speculation(Strict):
     """A variant's speculator.
 
@@ -615,6 +624,7 @@ class Speculation(Strict):
     method: str
     depth: int
     trained_on_baseline: bool = False
+    draft: DraftModel | None = None
     answer_tokens: int | None = None
     seconds: dict[str, float] = {}
     losses: list[float] = []

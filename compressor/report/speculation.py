@@ -22,6 +22,10 @@ def acceptance(report: Mapping[str, Any]) -> Table:
     rows = []
     for variant, found in _speculating(report):
         method = NAMES.get(found["method"], found["method"])
+        if draft := found.get("draft"):
+            source = f"given ({draft['source']})" if draft["source"] else None
+            scheme = f"{draft['algorithm']} {draft['scheme']}" if draft["scheme"] else None
+            method = ", ".join(part for part in (method, source, scheme) if part)
         if found["trained_on_baseline"]:
             method += ", trained on the baseline"
         for way, result in found["results"].items():

@@ -95,20 +95,51 @@ class DraftOptions(SpeculatorOptions):
         4, ge=1, le=16, description="Tokens in a row that its figures, and its score, count with."
     )
     learning_rate: float = Field(
-        3e-4, gt=0, description="At its peak (AdamW, cosine to zero): it starts from the target."
+        3e-4,
+        gt=0,
+        description="At its peak (AdamW, cosine to zero): it starts from a trained model.",
     )
 
 
 class DraftModelOptions(DraftOptions):
-    """Options of a draft model: some of the target's own blocks, distilled."""
+    """Options of a draft model: some of the target's own blocks, or a given smaller model of the
+    same tokenizer."""
 
-    blocks: int = Field(description="Decoder blocks of the target that the draft keeps.", ge=1)
+    blocks: int | None = Field(
+        None, ge=1, description="Decoder blocks of the target that the draft keeps."
+    )
     chosen_by: ChosenBy = Field(
         "influence",
         description="Which blocks stay: those that change their input most (influence), or those "
         "left when one after the other goes whose loss changes the output least (divergence, "
         "slower).",
     )
+    model: str | None = Field(
+        None,
+        min_length=1,
+        description="Instead of `blocks`: a smaller model, as of `model.source`, whose tokenizer "
+        "and vocabulary size are the target's.",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of `model` on the Hub.")
+    epochs: int = Field(
+        10,
+        ge=0,
+        description="Times that every sample is trained on; 0 leaves a given `model` as it is.",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.blocks is None) == (self.model is None):
+            raise ValueError(
+                "give `blocks`, to make the draft from the target, or `model`, a smaller one"
+            )
+        if self.model is None and self.revision is not None:
+            raise ValueError("`revision` is of `model`, which is not given")
+        if self.model is None and not self.epochs:
+            raise ValueError(
+                "a draft of some of the target's blocks must be trained: epochs from 1"
+            )
+        return self
 
 
 class NgramOptions(BaseModel):

@@ -57,14 +57,15 @@ def train_speculator(
     Args:
         options: of Medusa heads, an EAGLE-3 head or a draft model.
         target: the loaded target as it is served.
-        source: its directory, not quantized; a draft is made of that.
+        source: directory that a draft is made of, not quantized: the target's, or a given draft's.
         corpus: what is trained on, and what is held out.
         features: what the target makes of it.
         directory: gets the speculator, and checkpoints in `WORK`.
         advance: called with a note after each step.
 
     Returns:
-        What `training.train` returns; for a draft also ``blocks`` and what they were chosen by.
+        What `training.train` returns; for a draft of the target's own blocks also ``blocks`` and
+        what they were chosen by.
 
     Raises:
         RunError: of the method's own training.
@@ -81,11 +82,16 @@ def train_speculator(
         _write(directory, head.state_dict(), {})
         return facts
     assert isinstance(options, DraftModelOptions)
-    keep, chosen = choose_blocks(target, corpus, options.blocks, options.chosen_by)
+    made: dict[str, Any] = {}
+    if options.blocks is not None:
+        keep, made = choose_blocks(target, corpus, options.blocks, options.chosen_by)
+        made["blocks"] = keep
+    else:
+        keep = list(range(len(CausalLM.open(source).blocks)))
     facts = distil_draft(
         source, keep, output, corpus, features, options, directory / DRAFT, work, advance=advance
     )
-    return {**facts, "blocks": keep, **chosen}
+    return {**facts, **made}
 
 
 def _write(directory: Path, state: dict[str, torch.Tensor], shape: dict[str, Any]) -> None:
@@ -122,16 +128,18 @@ def make_proposers(
     target: Any,
     tree: Callable[[MedusaHeads], Tree],
     nodes: int,
+    draft: Any = None,
 ) -> dict[str, Proposer]:
     """What proposes with a speculator, by the shape of its candidates: ``chain``, and ``tree``
     where the method has one.
 
     Args:
         options: as it was trained with.
-        directory: that `train_speculator` filled; not read for prompt lookup.
+        directory: that `train_speculator` filled; read for heads.
         target: the loaded target.
         tree: of Medusa's guesses, for these heads; see `measured_tree`.
         nodes: of EAGLE-3's tree.
+        draft: the loaded draft model, of that method.
     """
     device = next(target.parameters()).device
     if isinstance(options, NgramOptions):
@@ -143,8 +151,6 @@ def make_proposers(
         head = load_eagle3_head(directory, options, target.config).to(device)
         branching = Eagle3Proposer(head, branches=_BRANCHES, nodes=nodes)
         return {"chain": Eagle3Proposer(head), "tree": branching}
-    dtype = target.get_input_embeddings().weight.dtype
-    draft = CausalLM.open(directory / DRAFT).load_full(dtype, device)
     vocabulary = target.config.get_text_config().vocab_size
     return {"chain": DraftProposer(CachedModel(draft), vocabulary)}
 

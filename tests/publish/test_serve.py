@@ -41,6 +41,7 @@ def serve(directory: Path, *arguments: str, **more: str) -> subprocess.Completed
         ("gguf", ["llama.cpp"]),
         ("bitsandbytes", ["transformers"]),
         ("medusa", ["vllm"]),
+        ("medusa-tgi", ["tgi"]),
         ("speculators", ["vllm", "sglang"]),
         ("draft-model", ["vllm", "sglang"]),
         ("something", []),
