@@ -448,25 +448,22 @@ def schema(
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="A run's directory.")],
+    run_dir: Annotated[Path, typer.Argument(help="A run's directory, or its report's alone.")],
 ) -> None:
     """Write a run's report, and its verdict, again from the figures in its report.json."""
     from compressor.publish.complete import complete_artifacts
     from compressor.record import EXPORTS, MANIFEST, write_manifest
+    from compressor.report.comparison import report_file
     from compressor.report.samples import add_from_run
     from compressor.report.terminal import closing
     from compressor.report.verdict import make_verdict
     from compressor.report.write import read_report, write_report
 
-    path = run_dir / "report" / "report.json"
-    if not path.is_file():
-        raise RecipeError(
-            "no report can be read there", where=str(path), fix="give the directory of a run"
-        )
+    path = report_file(run_dir)
     content = read_report(path)
     add_from_run(content, run_dir)
     content["verdict"] = make_verdict(content, content["verdict"]["quality_limit"])
-    write_report(content, run_dir / "report")
+    write_report(content, path.parent)
     if (run_dir / EXPORTS).is_dir():  # else it is a run of an earlier version
         complete_artifacts(run_dir, content)
     if (run_dir / MANIFEST).exists():

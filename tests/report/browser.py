@@ -48,7 +48,7 @@ class Watched:
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.url = file.resolve().as_uri()
+        self.url = file.absolute().as_uri()
         self.page.goto(self.url)
 
     def axe(self) -> list[str]:
