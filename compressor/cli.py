@@ -516,7 +516,9 @@ def compare(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="Directories of runs, the reference first.", metavar="RUN RUN...", show_default=False
+            help="Directories of runs, the reference first.",
+            metavar="RUN RUN...",
+            show_default=False,
         ),
     ],
     output: Annotated[

@@ -1,8 +1,9 @@
-"""Several runs in one report: one table, one frontier of quality and cost, and their course in time.
+"""Several runs in one report: one table, one frontier, and their course in time.
 
-Costs are compared as they are, each at its run's headline load. Quality is compared in bits per byte
-on a text that all runs were evaluated on, which holds across models and tokenizers; where there is
-none, runs of one model are compared by the change of perplexity against their own baselines.
+Costs are compared as they are, each at its run's headline load. Quality is compared in bits per
+byte on a text that all runs were evaluated on, which holds across models and tokenizers; where
+there is none, runs of one model are compared by the change of perplexity against their own
+baselines.
 """
 
 from __future__ import annotations
@@ -387,8 +388,8 @@ def _course_words(content: Mapping[str, Any], order: Sequence[int]) -> str:
     ]
     change = f"From the first run to the last costs changed: {', '.join(words)}. " if words else ""
     return (
-        f"{change}Cost at each run's headline load and perplexity change on its worst text, by date; "
-        "bars are 95% confidence intervals. Runs were measured at different times: where the "
+        f"{change}Cost at each run's headline load and perplexity change on its worst text, by "
+        "date; bars are 95% confidence intervals. Runs were measured at different times: where the "
         "machine or the price was another, that is in the table of runs."
     )
 

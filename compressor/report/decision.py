@@ -37,12 +37,16 @@ def _deploy(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[str]:
     limit = f"{100 * verdict['quality_limit']:g}%"
     if verdict["outcome"] == "gain":
         words = f"{name}: of the variants that keep quality within {limit} it is the cheapest"
-        rivals = [v["name"] for v in report["variants"] if v["name"] not in (name, report["baseline"])]
-        lines = [f"{words}." if rivals else f"{name}: it is cheaper and keeps quality within {limit}."]
+        rivals = [
+            v["name"] for v in report["variants"] if v["name"] not in (name, report["baseline"])
+        ]
+        lines = [
+            f"{words}." if rivals else f"{name}: it is cheaper and keeps quality within {limit}."
+        ]
     elif verdict["outcome"] == "trade-off":
         lines = [
-            f"{name}, as it is, unless a loss above {limit} is acceptable: what is cheaper does not "
-            "surely stay within it."
+            f"{name}, as it is, unless a loss above {limit} is acceptable: what is cheaper does "
+            "not surely stay within it."
         ]
     else:
         lines = [f"{name}, as it is: nothing is shown to be cheaper."]

@@ -140,10 +140,7 @@ def utilisation(report: Mapping[str, Any]) -> Table:
     rows = tuple(
         (
             name,
-            *(
-                figures.measured(row["cost_usd_per_mtok_output"])
-                for row in one["utilisation"]
-            ),
+            *(figures.measured(row["cost_usd_per_mtok_output"]) for row in one["utilisation"]),
         )
         for name, one in found.items()
     )

@@ -50,7 +50,8 @@ def allocation_plot(report: Mapping[str, Any]) -> Plot | None:
         bar.set_ticks([float(bits) for bits in _BITS], labels=[str(bits) for bits in _BITS])
         return render(
             figure,
-            f"{_most_bits(mixed[0])} Bits of every linear, by decoder block and kind: bright layers are those whose "
+            f"{_most_bits(mixed[0])} "
+            "Bits of every linear, by decoder block and kind: bright layers are those whose "
             "rounding was predicted to raise the loss most for their size. White: not quantized, "
             "or no such layer. Experts of a mixture share one scheme.",
         )

@@ -3,7 +3,6 @@ the gate."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -300,7 +299,8 @@ def example_pairs(report: Mapping[str, Any]) -> list[Example]:
 
 def _apart(one: str, other: str) -> tuple[tuple[str, str, str], tuple[str, str, str]]:
     """Both texts cut before and after the first word in which they differ."""
-    shared = len(os.path.commonprefix([one, other]))
+    pairs = enumerate(zip(one, other, strict=False))
+    shared = next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
     if not len(one) == len(other) == shared:
         shared = one.rfind(" ", 0, shared) + 1
 

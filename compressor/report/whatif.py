@@ -1,7 +1,7 @@
 """What the page needs to compute costs again under other prices, goals and lengths.
 
-The formula is `measure.ledger`'s. Costs of other lengths per request rest on the seconds of an input
-and of an output token: as solved where `split` was measured, else estimated from the rates of
+The formula is `measure.ledger`'s. Costs of other lengths per request rest on the seconds of an
+input and of an output token: as solved where `split` was measured, else estimated from the rates of
 prefill and decoding.
 """
 
@@ -15,8 +15,9 @@ from compressor.report import figures
 from compressor.report.verdict import keeps_quality
 
 FORMULA = (
-    "cost [{money}/Mtok output] = (price + host + W × PUE / 1000 × {money}/kWh + storage + network)"
-    " [{money}/h] / (goodput [tok/s] × 3600 / 1e6) / utilisation × mix"
+    "cost [{money}/Mtok output] = "
+    "(price + host + W × PUE / 1000 × {money}/kWh + storage + network) [{money}/h] "
+    "/ (goodput [tok/s] × 3600 / 1e6) / utilisation × mix"
 )
 _MEASURED = ("nvml", "rapl")
 _MOST_ROUNDS = 40

@@ -43,7 +43,9 @@ def write_report(report: Mapping[str, Any], directory: Path) -> list[Path]:
         (f"{name}.svg", title, plot.caption) for name, title, _ in _PLOTS if (plot := plots[name])
     ]
     contents: dict[str, bytes | None] = {
-        "index.html": render_html(report, {name: plot for name, plot in plots.items() if plot}).encode(),
+        "index.html": render_html(
+            report, {name: plot for name, plot in plots.items() if plot}
+        ).encode(),
         "report.md": render_markdown(report, pictures).encode(),
         "report.json": (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode(),
     }

@@ -60,9 +60,7 @@ def test_one_frontier_over_runs(tmp_path: Path) -> None:
     int8 = named[0, "int8-gptq"]
     low, high = 0.0021 - 0.0021 * 0.2 - 0.0005, 0.0021 + 0.0021 * 0.2 + 0.0005
     per_log = 1.0421 / math.log(18.91 * 1.0021)
-    assert int8["quality"]["low"] == pytest.approx(
-        1.0421 + per_log * math.log((1 + low) / 1.0021)
-    )
+    assert int8["quality"]["low"] == pytest.approx(1.0421 + per_log * math.log((1 + low) / 1.0021))
     assert int8["quality"]["high"] == pytest.approx(
         1.0421 + per_log * math.log((1 + high) / 1.0021)
     )

@@ -108,7 +108,12 @@ def test_hostile_text_is_shown_and_not_run(inputs: dict[str, Any]) -> None:
     plot = quality_cost_plot(report)
     assert plot is not None
     text = render_html(report, {"quality_cost": plot})
-    assert "<script>alert" not in text and text.count("<script") == 2 and "alert(1)" in text and "{{7*7}}" in text
+    assert (
+        "<script>alert" not in text
+        and text.count("<script") == 2
+        and "alert(1)" in text
+        and "{{7*7}}" in text
+    )
     assert Page(text).open == []
     assert "<script" not in plot.svg
     page = render_markdown(report, [("quality_cost.svg", "Quality against cost", plot.caption)])
