@@ -448,23 +448,22 @@ def schema(
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="A run's directory.")],
+    run_dir: Annotated[Path, typer.Argument(help="A run's directory, or its report's alone.")],
 ) -> None:
     """Write a run's report, and its verdict, again from the figures in its report.json."""
     from compressor.publish.complete import complete_artifacts
     from compressor.record import EXPORTS, MANIFEST, write_manifest
+    from compressor.report.comparison import report_file
+    from compressor.report.samples import add_from_run
     from compressor.report.terminal import closing
     from compressor.report.verdict import make_verdict
     from compressor.report.write import read_report, write_report
 
-    path = run_dir / "report" / "report.json"
-    if not path.is_file():
-        raise RecipeError(
-            "no report can be read there", where=str(path), fix="give the directory of a run"
-        )
+    path = report_file(run_dir)
     content = read_report(path)
+    add_from_run(content, run_dir)
     content["verdict"] = make_verdict(content, content["verdict"]["quality_limit"])
-    write_report(content, run_dir / "report")
+    write_report(content, path.parent)
     if (run_dir / EXPORTS).is_dir():  # else it is a run of an earlier version
         complete_artifacts(run_dir, content)
     if (run_dir / MANIFEST).exists():
@@ -514,12 +513,20 @@ def verify(
 
 @app.command()
 def compare(
-    run_a: Annotated[
-        Path, typer.Argument(help="Directory of the run that is the reference.", metavar="RUN_A")
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Directories of runs, the reference first.",
+            metavar="RUN RUN...",
+            show_default=False,
+        ),
     ],
-    run_b: Annotated[
-        Path, typer.Argument(help="Directory of the run that is judged.", metavar="RUN_B")
-    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Write one report of all of them into it.", metavar="DIRECTORY"
+        ),
+    ] = None,
     quality: Annotated[
         str,
         typer.Option(
@@ -537,11 +544,19 @@ def compare(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what became worse from one run to another: quality, cost and size of each variant.
+    """Put runs into one report with one frontier, and say what became worse from one to another.
 
-    A figure is a regression where it is worse by more than what is tolerated and its 95% interval
-    excludes that nothing became worse. The exit code is 3 where there is one.
+    Of two runs, quality, cost and size of each variant are judged: a figure is a regression where
+    it is worse by more than what is tolerated and its 95% interval excludes that nothing became
+    worse. The exit code is 3 where there is one. Of more runs, or with --output, the report is
+    written (to `comparison` unless told otherwise): models and devices may be different.
     """
+    if len(runs) < 2:
+        raise RecipeError("one run is no comparison", where=str(runs[0]), fix="give two or more")
+    if output is not None or len(runs) > 2:
+        _write_comparison(runs, output or Path("comparison"), as_json)
+        if len(runs) > 2 or not _have_common(runs):
+            return
     from compressor.compare import compare as compare_runs
     from compressor.compare import write_junit
     from compressor.evaluate.options import parse_share
@@ -555,7 +570,7 @@ def compare(
         if (share := parse_share(text)) is None:
             raise RecipeError(f"{text!r} is no share", where=option, fix="for example 1% or 0.01")
         tolerated[name] = share
-    found = compare_runs(run_a, run_b, **tolerated)
+    found = compare_runs(runs[0], runs[1], **tolerated)
     if junit is not None:
         write_junit(found, junit)
     worse = [one for one in found if one.regressed]
@@ -569,6 +584,115 @@ def compare(
         console.print(f"{len(found)} compared, {len(worse)} worse")
     if worse:
         raise typer.Exit(GATE_FAILED)
+
+
+def _write_comparison(runs: Sequence[Path], output: Path, as_json: bool) -> None:
+    from compressor.report.comparison import compare_reports, write_comparison
+
+    content = compare_reports(runs)
+    write_comparison(content, output)
+    if as_json and len(runs) > 2:
+        typer.echo(json.dumps(content, indent=1))
+    else:
+        typer.echo(content["sentence"], err=as_json)
+        typer.echo(f"report: {output / 'index.html'}", err=as_json)
+
+
+def _have_common(runs: Sequence[Path]) -> bool:
+    """Whether two runs have a variant in common, beside the baselines of two recipes."""
+    from compressor.report.comparison import report_file
+    from compressor.report.write import read_report
+
+    one, other = (read_report(report_file(run)) for run in runs)
+    return one["recipe"]["name"] == other["recipe"]["name"]
+
+
+@app.command()
+def history(
+    what: Annotated[
+        Path,
+        typer.Argument(help="Recipe (YAML), or a directory of runs.", metavar="RECIPE|DIRECTORY"),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write a report of them into it.", metavar="DIRECTORY"),
+    ] = None,
+    runs: Annotated[
+        Path | None, typer.Option("--runs", help="Directory of runs. Default: the recipe's.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the runs of a recipe over time, the oldest first."""
+    from compressor.report import comparison, figures
+    from compressor.report.runs import find_runs
+
+    if what.is_dir():
+        found = find_runs(what)
+        names = sorted({run.recipe for run in found})
+        if len(names) > 1:
+            raise RecipeError(
+                f"holds runs of several recipes: {', '.join(names)}",
+                where=str(what),
+                fix=f"give one of them, such as {what / names[0]}",
+            )
+    else:
+        from compressor.recipe import load_recipe
+
+        recipe = load_recipe(what)
+        found = find_runs(runs or recipe.output_dir, recipe.name)
+    content = comparison.compare_reports([run.path for run in found])
+    if output is not None:
+        comparison.write_comparison(content, output)
+    if as_json:
+        typer.echo(json.dumps(content, indent=1))
+        return
+    table = Table(title=f"runs of {found[0].recipe}")
+    for column in ("date", "run", "recipe", "variant"):
+        table.add_column(column, no_wrap=column == "date")
+    money = content["currency"]
+    for column in ("size", "perplexity", f"{money}/Mtok output", "cost gain"):
+        table.add_column(column, justify="right")
+    for index, run in enumerate(content["runs"]):
+        for place, row in enumerate(v for v in content["variants"] if v["run"] == index):
+            change = row["perplexity_change"] or {"value": None, "low": None, "high": None}
+            ends = None if change["low"] is None else (change["low"], change["high"])
+            head = ("", "", "") if place else (
+                run["created"][:16].replace("T", " "), found[index].path.name,
+                (run["recipe_sha256"] or "")[:8],
+            )  # fmt: skip
+            table.add_row(
+                *map(Text, head),
+                Text(row["name"]),
+                figures.size(row["size_bytes"]),
+                "reference" if row["is_baseline"] else figures.change(change["value"], ends),
+                figures.measured(row["cost_usd_per_mtok_output"]),
+                "1×" if row["is_baseline"] else figures.ratio(row["cost_ratio"]),
+            )
+        table.add_section()
+    Console().print(table)
+    if output is not None:
+        typer.echo(f"report: {output / 'index.html'}")
+
+
+@app.command("open")
+def open_report(
+    place: Annotated[
+        Path, typer.Argument(help="Directory of runs, or of one run.", show_default=True)
+    ] = Path("runs"),
+    only_print: Annotated[
+        bool, typer.Option("--print", help="Print the page's path, open nothing.")
+    ] = False,
+) -> None:
+    """Open the report of the last run in a browser."""
+    import webbrowser
+
+    from compressor.report.runs import find_runs
+
+    own = place / "report" / "index.html"
+    page = own if own.is_file() else find_runs(place)[-1].path / "report" / "index.html"
+    typer.echo(str(page))
+    if not only_print and not webbrowser.open(page.resolve().as_uri()):
+        _complain("no browser can be opened here; open that file yourself", "yellow")
 
 
 @app.command()

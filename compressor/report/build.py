@@ -10,8 +10,10 @@ from pydantic import ValidationError
 
 from compressor.errors import RunError
 from compressor.measure import scenarios
+from compressor.measure.engines.base import RequestSample
 from compressor.report.estimate import report_estimates
 from compressor.report.model import SCHEMA_VERSION, ReportModel
+from compressor.report.samples import add_samples
 from compressor.report.verdict import (
     QUALITY_LIMIT,
     headline_concurrency,
@@ -61,6 +63,7 @@ def build_report(
     variants: Sequence[Mapping[str, Any]],
     calibration: Mapping[str, Any] | None = None,
     measured: Mapping[str, Any] | None = None,
+    samples: Mapping[str, Sequence[RequestSample]] | None = None,
     stages: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
     record: Mapping[str, str] | None = None,
@@ -74,6 +77,7 @@ def build_report(
         variants: baseline first; dicts as in `model.Variant`, without `performance`.
         measured: result of `measure.runner.measure`; its rows are put into the variants, and a
             variant that failed there keeps its quality figures and gets a note.
+        samples: raw samples by variant, for what the page computes itself.
         created: ISO 8601 time.
         record: SHA-256 by name of the files that all this was read from.
         quality_limit: perplexity growth that the verdict accepts as equal quality.
@@ -86,6 +90,7 @@ def build_report(
         for row in rows:
             row["serving"] = copy.deepcopy(measured.get("serving", {}).get(row["name"]))
             row["performance"] = copy.deepcopy(measured["performance"].get(row["name"], []))
+            add_samples(row["performance"], (samples or {}).get(row["name"], ()))
             row["split"] = copy.deepcopy(measured.get("split", {}).get(row["name"], []))
             if row.get("speculation"):
                 row["speculation"]["served"] = _served(measured["loads"], row["name"])

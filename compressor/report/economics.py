@@ -16,7 +16,7 @@ def _point(one: Mapping[str, Any]) -> str:
 
 def _cost(interval: Mapping[str, Any]) -> str:
     bounds = figures.between(interval)
-    return figures.number(interval["value"]) + (f"\n{bounds}" if bounds else "")
+    return figures.measured(interval) + (f"\n{bounds}" if bounds else "")
 
 
 def scenarios(report: Mapping[str, Any]) -> Table:
@@ -140,10 +140,7 @@ def utilisation(report: Mapping[str, Any]) -> Table:
     rows = tuple(
         (
             name,
-            *(
-                figures.number(row["cost_usd_per_mtok_output"]["value"])
-                for row in one["utilisation"]
-            ),
+            *(figures.measured(row["cost_usd_per_mtok_output"]) for row in one["utilisation"]),
         )
         for name, one in found.items()
     )

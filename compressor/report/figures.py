@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MISSING = "–"
@@ -69,20 +70,73 @@ def load(row: Mapping[str, Any]) -> str:
     return f"concurrency {row['concurrency']}" if rate is None else f"{number(rate)} requests/s"
 
 
+def _place(interval: Mapping[str, Any]) -> int | None:
+    """Decimals that a 95% interval supports; None without one.
+
+    The last digit shown is the first of half the interval's width, one more where that is below 3:
+    as the Particle Data Group rounds. Two to four significant digits of the value are kept.
+    """
+    low, high, value = (interval.get(key) for key in ("low", "high", "value"))
+    if low is None or high is None or not high > low or not value:
+        return None
+    half = (high - low) / 2
+    exponent = math.floor(math.log10(half))
+    place = exponent - (half / 10**exponent < 3)
+    first = -math.floor(math.log10(abs(value)))
+    return min(max(-place, first + 1), first + 3)
+
+
+def _to_place(value: float, place: int) -> str:
+    text = f"{abs(round(value, place)):,.{max(0, place)}f}"
+    return f"{_MINUS}{text}" if value < 0 and text.strip("0.,") else text
+
+
+def measured(interval: Mapping[str, Any] | None, digits: int = 3) -> str:
+    """A figure with the digits that its interval supports; `digits` significant ones without."""
+    if not interval:
+        return MISSING
+    place = _place(interval)
+    if place is None or place > 6:
+        return number(interval["value"], digits)
+    return _to_place(interval["value"], place)
+
+
 def between(interval: Mapping[str, Any] | None, digits: int = 3) -> str:
-    """``low to high``, or empty when there is no interval."""
+    """``low to high`` in the digits that the interval supports, or empty when there is none."""
     if not interval or interval.get("low") is None or interval.get("high") is None:
         return ""
-    return f"{number(interval['low'], digits)} to {number(interval['high'], digits)}"
+    place = _place(interval)
+    if place is None or place > 6:
+        return f"{number(interval['low'], digits)} to {number(interval['high'], digits)}"
+    return f"{_to_place(interval['low'], place)} to {_to_place(interval['high'], place)}"
 
 
 def ratio(interval: Mapping[str, Any] | None) -> str:
     """A ratio with a multiplication sign."""
-    return f"{number(interval['value'])}×" if interval else MISSING
+    return f"{measured(interval)}×" if interval else MISSING
 
 
-def change_interval(bounds: tuple[float, float] | list[float] | None) -> str:
+def _change_digits(bounds: Sequence[float] | None) -> int:
+    """Decimals of a percentage that an interval of a relative change supports, 0 to 2."""
+    if bounds is None or not bounds[1] > bounds[0]:
+        return 2
+    half = 50 * (bounds[1] - bounds[0])
+    exponent = math.floor(math.log10(half))
+    return min(2, max(0, (half / 10**exponent < 3) - exponent))
+
+
+def change(value: float | None, bounds: Sequence[float] | None = None) -> str:
+    """A relative change in percent, signed, with the digits that its interval supports."""
+    return percent(value, _change_digits(bounds), signed=True)
+
+
+def change_interval(bounds: Sequence[float] | None) -> str:
     """``low to high`` of a relative change, in percent, or empty."""
     if bounds is None:
         return ""
-    return f"{percent(bounds[0], signed=True)} to {percent(bounds[1], signed=True)}"
+    return f"{change(bounds[0], bounds)} to {change(bounds[1], bounds)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names with commas, and before the last one `and`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,15 +1,20 @@
-"""The report as one self-contained page: no scripts, no requests, everything escaped."""
+"""The report as one self-contained page: no requests, everything escaped, and one script of its own
+that sorts tables and computes the what-if panel. Without scripts the rest is there all the same."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 from collections.abc import Mapping
 from functools import cache
+from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup, escape
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-from compressor.report import coverage, quality, tables
+from compressor.report import coverage, decision, overview, quality, tables, whatif
 from compressor.report.plots import Plot, inline_svg
 
 _OUTCOMES = {
@@ -19,35 +24,92 @@ _OUTCOMES = {
     "unmeasured": "Not fully measured",
     "failed": "Failed",
 }
+TITLES = {
+    "quality_cost": "Quality against cost",
+    "latency": "Latency against throughput",
+    "waterfall": "What each technique gained",
+    "acceptance": "Guesses accepted per step",
+    "training": "Training of the speculators",
+    "allocation": "Bits by layer",
+    "errors": "Error by layer",
+    "frontier": "Quality against cost, all runs",
+    "history": "Over time",
+}
+_SIDE_BY_SIDE = "Continuations side by side"
 
 
 @cache
-def _template() -> Template:
-    environment = Environment(
+def _environment() -> Environment:
+    return Environment(
         loader=PackageLoader("compressor.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2")
 
 
-def render_html(report: Mapping[str, Any], *plots: Plot | None) -> str:
-    """The whole page. All texts of the report are escaped by the template."""
-    figures = [
-        (Markup(inline_svg(plot.svg, str(escape(plot.caption)))), plot.caption)
-        for plot in plots
-        if plot is not None
-    ]
-    return _template().render(
+@cache
+def _file(name: str) -> str:
+    return resources.files("compressor.report").joinpath("templates", name).read_text("utf-8")
+
+
+def render_page(template: str, *, title: str, plots: Mapping[str, Plot], **values: Any) -> str:
+    """A page from one of the templates; texts among the values are escaped by it.
+
+    The page's policy lets nothing be fetched and no script run but ours, by its hash.
+    """
+    script = _file("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            title=title,
+            style=Markup(_file("page.css")),
+            script=Markup(script),
+            script_hash=f"sha256-{digest}",
+            figures=[
+                {
+                    "name": name,
+                    "title": TITLES[name],
+                    "svg": Markup(inline_svg(plot, name)),
+                    "caption": plot.caption,
+                }
+                for name, plot in plots.items()
+            ],
+            **values,
+        )
+    )
+
+
+def render_html(report: Mapping[str, Any], plots: Mapping[str, Plot]) -> str:
+    """The whole page of a run, with plots by their files' names."""
+    panel = whatif.data(report)
+    pairs = quality.example_pairs(report)
+    return render_page(
+        "report.html.j2",
+        title=report["title"],
+        plots=plots,
         report=report,
         verdict=report["verdict"],
         outcome=_OUTCOMES[report["verdict"]["outcome"]],
+        answers=decision.answers(report),
         warnings=[*coverage.warnings(report), *quality.gate_lines(report)],
-        summary=tables.summary(report),
-        figures=figures,
-        body=tables.body(report),
+        summary=overview.table(report),
+        whatif=panel,
+        whatif_json=_embedded(panel),
+        formula=whatif.FORMULA.format(money=panel["currency"] if panel else ""),
+        recorded=bool(panel) and all(row["samples"] for row in panel["rows"]),
+        apart=bool(panel) and all(row["split"] for row in panel["rows"]),
+        pairs=pairs,
+        body=[table for table in tables.body(report) if table.title != _SIDE_BY_SIDE],
         notes=[*report["notes"], *((report["prices"] or {}).get("assumptions") or [])],
         provenance=tables.provenance(report),
     )
+
+
+def _embedded(value: Any) -> Markup:
+    """JSON that can stand in a script element: it holds no `<`."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c"))

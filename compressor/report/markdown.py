@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compressor.report import coverage, quality, tables
+from compressor.report import coverage, decision, overview, quality, tables
 from compressor.report.table import Table
 
 
@@ -48,7 +48,9 @@ def render_markdown(
         parts.append("\n".join(f"- {escape(' '.join(d.split()))}" for d in verdict["details"]))
     if warnings := [*coverage.warnings(report), *quality.gate_lines(report)]:
         parts.append("\n".join(f"- **Warning:** {escape(line)}" for line in warnings))
-    parts.append(table_markdown(tables.summary(report)))
+    for question, lines in decision.answers(report):
+        parts.append(f"**{question}.** {escape(' '.join(' '.join(lines).split()))}")
+    parts.append(table_markdown(overview.table(report)))
     for file, shows, caption in pictures:
         parts += [f"![{shows}]({file})", f"*{escape(caption)}*"]
     for table in tables.body(report):

@@ -306,6 +306,19 @@ class BreakEven(Strict):
     formula: str
 
 
+class RequestSamples(Strict):
+    """What the what-if panel computes from, by request: its round, latencies and output tokens.
+
+    A request that failed has no latency and no tokens. `round_seconds`: the window of each round.
+    """
+
+    round: list[int]
+    ttft_ms: list[float | None]
+    tpot_ms: list[float | None]
+    output_tokens: list[int]
+    round_seconds: list[float]
+
+
 class Performance(Strict):
     """Speed and cost of one variant at one point of the load; the unit is in each name.
 
@@ -344,6 +357,7 @@ class Performance(Strict):
     error_rate: float | None = None
     steady: Steady | None = None
     energy: Energy | None = None
+    samples: RequestSamples | None = None
 
 
 class SplitGroup(Strict):

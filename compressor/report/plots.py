@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib
+from markupsafe import escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -23,7 +24,7 @@ from compressor.report.verdict import comparable
 # Okabe and Ito's palette, readable with the common colour blindnesses; the marker tells them apart
 # in greyscale. The lightest (yellow) is left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 INK, GRID, BASE, _PAPER = "#1b1f24", "#d5d9de", "#6b7280", "#ffffff"
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "compressor",
@@ -41,11 +42,13 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawn figure in both formats, and its caption (plain text)."""
+    """A drawn figure in both formats, its caption (plain text), and by the id of a group in the SVG
+    what it shows."""
 
     svg: str
     png: bytes
     caption: str
+    titles: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,22 @@ class _Point:
     x_bounds: tuple[float, float] | None
     y: float
     y_bounds: tuple[float, float] | None
+    id: str = ""
+
+    @property
+    def size(self) -> bool:
+        """Whether the horizontal axis is the size."""
+        return self.id.endswith("-size")
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other beats or equals on both axes, least first coordinate
+    first; of equal points the first."""
+    found: list[int] = []
+    for index in sorted(range(len(points)), key=lambda index: points[index]):
+        if not found or points[index][1] < points[found[-1]][1]:
+            found.append(index)
+    return found
 
 
 def plotted_text(report: Mapping[str, Any]) -> str | None:
@@ -68,7 +87,7 @@ def plotted_text(report: Mapping[str, Any]) -> str | None:
 
 def _points(report: Mapping[str, Any], text: str, concurrency: int | None) -> list[_Point]:
     points, style = [], -1
-    for variant in report["variants"]:
+    for index, variant in enumerate(report["variants"]):
         if variant["name"] != report["baseline"]:
             style += 1
         quality = [row for row in variant["quality"] if row["text"] == text]
@@ -100,21 +119,27 @@ def _points(report: Mapping[str, Any], text: str, concurrency: int | None) -> li
                 x_bounds,
                 quality[0]["perplexity_change"] * 100,
                 (bounds[0] * 100, bounds[1] * 100) if bounds else None,
+                f"point-{index}-{'size' if concurrency is None else concurrency}",
             )
         )
     return points
 
 
-def _look(style: int) -> dict[str, Any]:
+def look(style: int) -> dict[str, Any]:
     """Colour and marker of a variant; -1 is the baseline."""
     if style < 0:
         return {"color": BASE, "marker": "*", "markersize": 11}
-    marker = _MARKERS[style % len(_MARKERS)]
+    marker = MARKERS[style % len(MARKERS)]
     return {"color": COLOURS[style % len(COLOURS)], "marker": marker, "markersize": 8}
 
 
 def _draw(axes: Axes, points: list[_Point]) -> None:
     axes.axhline(0, color=BASE, linewidth=0.8, zorder=1)
+    best = [points[index] for index in frontier([(point.x, point.y) for point in points])]
+    axes.step(
+        [point.x for point in best], [point.y for point in best],
+        where="post", color=BASE, linewidth=1.2, linestyle="--", zorder=2,
+    )  # fmt: skip
     for point in points:
         x_error = y_error = None
         if point.x_bounds:
@@ -123,7 +148,7 @@ def _draw(axes: Axes, points: list[_Point]) -> None:
         if point.y_bounds:
             low, high = point.y_bounds
             y_error = [[max(0.0, point.y - low)], [max(0.0, high - point.y)]]
-        axes.errorbar(
+        drawn = axes.errorbar(
             point.x,
             point.y,
             xerr=x_error,
@@ -132,8 +157,9 @@ def _draw(axes: Axes, points: list[_Point]) -> None:
             elinewidth=1.4,
             capsize=3,
             zorder=3,
-            **_look(point.style),
+            **look(point.style),
         )
+        drawn.lines[0].set_gid(point.id)
     axes.grid(True, color=GRID, linewidth=0.6, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(length=0)
@@ -146,19 +172,61 @@ def _draw(axes: Axes, points: list[_Point]) -> None:
     )
 
 
-def _caption(report: Mapping[str, Any], text: str, sweep: list[int | None], shown: int) -> str:
+def _spoken(point: _Point, unit: str) -> str:
+    """A point in words, for whoever asks what it is."""
+    x = {"value": point.x, "low": None, "high": None}
+    y = figures.percent(point.y / 100, signed=True)
+    if point.x_bounds:
+        x |= {"low": point.x_bounds[0], "high": point.x_bounds[1]}
+    words = f"{point.name}: {figures.measured(x)} {unit}"
+    if point.x_bounds:
+        words += f" ({figures.between(x)})"
+    words += f", perplexity {y}"
+    if point.y_bounds:
+        words += f" ({figures.change_interval([bound / 100 for bound in point.y_bounds])})"
+    return words
+
+
+def _conclusion(value: int | None, points: Sequence[_Point]) -> str:
+    """What the frontier of a panel says."""
+    best = frontier([(point.x, point.y) for point in points])
+    on = [points[index].name for index in best]
+    off = [point.name for index, point in enumerate(points) if index not in best]
+    where = "By size" if value is None else f"At concurrency {value}"
+    thing = "smaller" if value is None else "cheaper"
+    if len(points) == 1:
+        return f"{where} only {on[0]} has both figures."
+    words = f"{where} {figures.listed(on)} {'is' if len(on) == 1 else 'are'} on the frontier"
+    words += f": nothing measured is both {thing} and better"
+    if off:
+        words += f"; {figures.listed(off)} {'is' if len(off) == 1 else 'are'} not"
+    return words + ", intervals aside."
+
+
+def _caption(
+    report: Mapping[str, Any],
+    text: str,
+    panels: Sequence[tuple[int | None, Sequence[_Point]]],
+    shown: int,
+) -> str:
     total = sum(variant["status"] == "ok" for variant in report["variants"])
-    if sweep == [None]:
-        axis = "weights' size on disk [MB]"
-    else:
+    sweep = [value for value, _ in panels]
+    value, points = next(
+        (panel for panel in panels if panel[0] == report["verdict"]["concurrency"]), panels[0]
+    )
+    axis = "weights' size on disk [MB]"
+    if sweep != [None]:
         axis = f"cost of a million output tokens [{figures.currency(report)}], prefill included"
     words = (
-        f"Perplexity change against the baseline on {text} [%] over {axis}. Lower left is better; "
-        "the star is the baseline. Bars are 95% confidence intervals where they are known (of the "
-        "cost: over rounds, each variant on its own; the paired ratios in the table are sharper)."
+        f"{_conclusion(value, points)} Perplexity change against the baseline on {text} [%] over "
+        f"{axis}. Lower left is better; the star is the baseline, the dashed line the frontier. "
+        "Bars are 95% confidence intervals where they are known"
+    )
+    words += (
+        " (of the cost: over rounds, each variant on its own; the paired ratios in the table are "
+        "sharper)."
         if sweep != [None]
-        else f"Perplexity change against the baseline on {text} [%] over {axis}. Lower left is "
-        "better; the star is the baseline. Bars are 95% confidence intervals where they are known."
+        else "."
     )
     if len(sweep) > 1:
         words += " One panel per concurrency; the panels share the vertical axis only."
@@ -207,7 +275,7 @@ def quality_cost_plot(report: Mapping[str, Any]) -> Plot | None:
         styles = {point.name: point.style for _, points in panels for point in points}
         figure.legend(
             [
-                Line2D([], [], linestyle="", **_look(style))  # type: ignore[arg-type]
+                Line2D([], [], linestyle="", **look(style))  # type: ignore[arg-type]
                 for style in styles.values()
             ],
             [name.replace("$", r"\$") for name in styles],
@@ -216,35 +284,47 @@ def quality_cost_plot(report: Mapping[str, Any]) -> Plot | None:
             frameon=False,
             fontsize=9,
         )
-        caption = _caption(report, text, [value for value, _ in panels], len(names))
-        return render(figure, caption)
+        unit = f"{figures.currency(report)}/Mtok output"
+        titles = {
+            point.id: _spoken(point, "MB" if point.size else unit)
+            for _, points in panels
+            for point in points
+        }
+        return render(figure, _caption(report, text, panels, len(names)), titles)
 
 
-def render(figure: Figure, caption: str) -> Plot:
-    """A figure in both formats; equal figures give equal bytes."""
+def render(figure: Figure, caption: str, titles: Mapping[str, str] | None = None) -> Plot:
+    """A figure in both formats; equal figures give equal bytes.
+
+    `titles`: by the id (gid) of an artist what it shows.
+    """
     svg, png = io.StringIO(), io.BytesIO()
     FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": "compressor"})
     figure.set_dpi(160)
     FigureCanvasAgg(figure).print_png(png, metadata={"Software": "compressor"})
-    return Plot(svg.getvalue(), png.getvalue(), caption)
+    return Plot(svg.getvalue(), png.getvalue(), caption, titles or {})
 
 
-def inline_svg(svg: str, description: str) -> str:
-    """The SVG for embedding in a page: no prolog or metadata, themed ink, fluid width, a name.
+def inline_svg(plot: Plot, name: str) -> str:
+    """The SVG for embedding in a page: no prolog or metadata, themed ink, fluid width, a label.
 
-    `description` must already be escaped for XML.
+    `name` goes before every id, so that several plots can stand in one page.
     """
-    body = svg[svg.index("<svg") :]
+    body = plot.svg[plot.svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", body)
+    for key, words in plot.titles.items():
+        group = f'<g id="{name}-{key}">'
+        body = body.replace(group, f"{group}<title>{escape(words)}</title>", 1)
     head, rest = body.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
-    body = f'{head} role="img" aria-label="{description}">{rest}'
-    for colour, name in (
+    body = f'{head} role="img" aria-label="{escape(plot.caption)}">{rest}'
+    for colour, ink in (
         (INK, "--ink"),
         (GRID, "--line"),
         (BASE, "--muted"),
         (COLOURS[0].lower(), "--accent"),
         (_PAPER, "--paper"),
     ):
-        body = body.replace(colour, f"var({name})")
+        body = body.replace(colour, f"var({ink})")
     return body.replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")

@@ -4,6 +4,7 @@ the gate."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from compressor.report import figures
@@ -222,7 +223,7 @@ def positions(report: Mapping[str, Any]) -> Table:
             figures.number(part["perplexity"], 4),
             "reference"
             if variant["name"] == report["baseline"]
-            else f"{figures.percent(part['perplexity_change'], signed=True)}\n"
+            else f"{figures.change(part['perplexity_change'], part['perplexity_ci'])}\n"
             f"{figures.change_interval(part['perplexity_ci'])}",
             figures.number(part["kl_mean"]),
         )
@@ -269,19 +270,58 @@ def drift(report: Mapping[str, Any]) -> Table:
     )
 
 
-def examples(report: Mapping[str, Any]) -> Table:
-    """Continuations side by side."""
-    rows = [
-        (
+@dataclass(frozen=True)
+class Example:
+    """A prompt and both continuations as (what they share, the first word that differs, the rest);
+    `place` is the first difference in tokens, None where there is none."""
+
+    variant: str
+    prompt: str
+    baseline: tuple[str, str, str]
+    own: tuple[str, str, str]
+    place: int | None
+
+
+def example_pairs(report: Mapping[str, Any]) -> list[Example]:
+    """The continuations that a report keeps, taken apart at their first difference."""
+    return [
+        Example(
             variant["name"],
             " ".join(row["prompt"].split()),
-            " ".join(row["baseline"].split()),
-            " ".join(row["variant"].split()),
-            figures.MISSING if row["first_difference"] is None else str(row["first_difference"]),
+            *_apart(" ".join(row["baseline"].split()), " ".join(row["variant"].split())),
+            row["first_difference"],
         )
         for variant in report["variants"]
         if variant["drift"]
         for row in variant["drift"]["examples"]
+    ]
+
+
+def _apart(one: str, other: str) -> tuple[tuple[str, str, str], tuple[str, str, str]]:
+    """Both texts cut before and after the first word in which they differ."""
+    pairs = enumerate(zip(one, other, strict=False))
+    shared = next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+    if not len(one) == len(other) == shared:
+        shared = one.rfind(" ", 0, shared) + 1
+
+    def cut(text: str) -> tuple[str, str, str]:
+        word, space, rest = text[shared:].partition(" ")
+        return text[:shared], word, space + rest
+
+    return cut(one), cut(other)
+
+
+def examples(report: Mapping[str, Any]) -> Table:
+    """Continuations side by side."""
+    rows = [
+        (
+            one.variant,
+            one.prompt,
+            _marked(one.baseline),
+            _marked(one.own),
+            figures.MISSING if one.place is None else str(one.place),
+        )
+        for one in example_pairs(report)
     ]
     return Table(
         "Continuations side by side",
@@ -289,8 +329,14 @@ def examples(report: Mapping[str, Any]) -> Table:
         tuple(rows),
         text_columns=4,
         note="The first prompts, not chosen by what became of them; all are in the run's directory "
-        "`drift`. First difference: equal tokens before it.",
+        "`drift`. First difference: equal tokens before it; the first word that differs stands "
+        "between »«.",
     )
+
+
+def _marked(parts: tuple[str, str, str]) -> str:
+    same, word, rest = parts
+    return f"{same}»{word}«{rest}" if word else same
 
 
 def gate(report: Mapping[str, Any]) -> Table:

@@ -80,12 +80,12 @@ def summary(report: Mapping[str, Any]) -> Table:
                 "reference"
                 if is_baseline and quality
                 else _stacked(
-                    figures.percent(quality.get("perplexity_change"), signed=True),
+                    figures.change(quality.get("perplexity_change"), quality.get("perplexity_ci")),
                     figures.change_interval(quality.get("perplexity_ci")),
                 ),
                 figures.percent(quality.get("top1_agreement"), 1),
-                figures.number(speed["value"]) if speed else figures.MISSING,
-                figures.number(cost["value"]) if cost else figures.MISSING,
+                figures.measured(speed) if speed else figures.MISSING,
+                figures.measured(cost) if cost else figures.MISSING,
                 "1×"
                 if is_baseline and gain
                 else _stacked(figures.ratio(gain), figures.between(gain)),
@@ -132,7 +132,7 @@ def quality(report: Mapping[str, Any]) -> Table:
             "reference"
             if variant["name"] == report["baseline"]
             else _stacked(
-                figures.percent(row["perplexity_change"], signed=True),
+                figures.change(row["perplexity_change"], row["perplexity_ci"]),
                 figures.change_interval(row["perplexity_ci"]),
             ),
             figures.number(row["bits_per_byte"], 4),
@@ -179,14 +179,14 @@ def performance(report: Mapping[str, Any]) -> Table:
                     figures.load(row).removeprefix("concurrency "),
                     str(row["requests"]),
                     _stacked(
-                        figures.number(row["throughput_tok_s"]["value"]),
+                        figures.measured(row["throughput_tok_s"]),
                         figures.between(row["throughput_tok_s"]),
                     ),
                     figures.number(row["prefill_tok_s"]),
                     figures.number(row["decode_tok_s"]),
                     _p(row["ttft_ms"]),
                     _p(row["tpot_ms"]),
-                    _stacked(figures.number(cost["value"]), figures.between(cost))
+                    _stacked(figures.measured(cost), figures.between(cost))
                     if cost
                     else figures.MISSING,
                     "1×"

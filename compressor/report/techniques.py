@@ -24,7 +24,7 @@ def table(report: Mapping[str, Any]) -> Table:
                     f"{step['name']}\n{step['technique'] or 'starting point'}",
                     figures.load(point),
                     f"over {claim['over']}\n{claim['source']}" if claim else figures.MISSING,
-                    _stacked(figures.number(rate["value"]), rate),
+                    _stacked(figures.measured(rate), rate),
                     _stacked(figures.ratio(step["step_gain"]), step["step_gain"])
                     if number
                     else figures.MISSING,

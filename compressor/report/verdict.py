@@ -95,9 +95,9 @@ def quality_words(variant: Mapping[str, Any]) -> str:
     row = worst_quality(variant)
     if row is None:
         return "quality was not measured"
-    change = row["perplexity_change"]
+    change = figures.change(row["perplexity_change"], row["perplexity_ci"])
     interval = figures.change_interval(row["perplexity_ci"])
-    words = f"perplexity {figures.percent(change, signed=True)} on {row['text']}"
+    words = f"perplexity {change} on {row['text']}"
     words = f"{words} (95% interval {interval})" if interval else words
     axes = summary_words(variant)
     return f"{words}; {axes}" if axes else words
@@ -186,8 +186,7 @@ def make_verdict(report: Mapping[str, Any], limit: float = QUALITY_LIMIT) -> dic
 
 
 def _names(variants: Sequence[Mapping[str, Any]]) -> str:
-    names = [variant["name"] for variant in variants]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return figures.listed([variant["name"] for variant in variants])
 
 
 def _quality_only(

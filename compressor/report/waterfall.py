@@ -59,10 +59,26 @@ def waterfall_plot(report: Mapping[str, Any]) -> Plot | None:
         )
         return render(
             figure,
+            f"{_conclusion(points)} "
             "What each technique gained in output tokens per second: a bar reaches from the step "
             "before to its own step, its factor stands above it, and the dashed frame is the range "
             "that is claimed for it. The axis is logarithmic: equal gains are equally high.",
         )
+
+
+def _conclusion(points: Sequence[Mapping[str, Any]]) -> str:
+    """The step that gained most, at the last point, and what all steps gained together."""
+    point = points[-1]
+    best = max(point["steps"][1:], key=lambda step: step["step_gain"]["value"])
+    total = point["steps"][-1]["total_gain"]
+    words = f"At {figures.load(point)} {best['name']} gained most over the step before"
+    if best["step_gain"]["low"] is not None and best["step_gain"]["low"] <= 1:
+        words += " (though no gain is shown)"
+    between = figures.between(total)
+    return (
+        f"{words}: {figures.ratio(best['step_gain'])}; all steps together {figures.ratio(total)}"
+        f"{f' ({between})' if between else ''}."
+    )
 
 
 def _ends(before: float, interval: Mapping[str, Any] | None) -> tuple[float, float] | None:
@@ -87,7 +103,7 @@ def _draw(axes: Axes, steps: Sequence[Mapping[str, Any]]) -> None:
     axes.set_yscale("log")
     axes.axhline(1, color=BASE, linewidth=0.8, zorder=1)
     axes.plot([-_WIDTH / 2, _WIDTH / 2], [1, 1], color=BASE, linewidth=4, zorder=3)
-    rate = figures.number(steps[0]["throughput_tok_s"]["value"])
+    rate = figures.measured(steps[0]["throughput_tok_s"])
     _write(axes, 0, 1.0, f"{rate} tok/s")
     before = 1.0
     for place, step in enumerate(steps[1:], 1):
@@ -112,7 +128,7 @@ def _draw(axes: Axes, steps: Sequence[Mapping[str, Any]]) -> None:
             errors = [[max(0.0, level - ends[0])], [max(0.0, ends[1] - level)]]
             axes.errorbar(place, level, yerr=errors, color=INK, elinewidth=1.4, capsize=3, zorder=5)
             high = max(high, ends[1])
-        _write(axes, place, high, f"{figures.number(step['step_gain']['value'])}×")
+        _write(axes, place, high, figures.ratio(step["step_gain"]))
         before = level
     axes.yaxis.set_major_locator(FixedLocator(_TICKS))
     axes.yaxis.set_minor_locator(NullLocator())

@@ -9,7 +9,8 @@ from typing import Any
 
 from compressor.errors import RunError
 from compressor.report.build import validate_report
-from compressor.report.heatmap import allocation_plot
+from compressor.report.curves import latency_plot
+from compressor.report.heatmap import allocation_plot, error_plot
 from compressor.report.html import render_html
 from compressor.report.markdown import render_markdown
 from compressor.report.plots import Plot, quality_cost_plot
@@ -19,10 +20,12 @@ from compressor.report.waterfall import waterfall_plot
 # (file's name, what it shows, who draws it), in the order of the page
 _PLOTS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Plot | None]], ...] = (
     ("quality_cost", "Quality against cost", quality_cost_plot),
-    ("allocation", "Bits by layer", allocation_plot),
+    ("latency", "Latency against throughput", latency_plot),
     ("waterfall", "What each technique gained", waterfall_plot),
     ("acceptance", "Guesses accepted per step", acceptance_plot),
     ("training", "Training of the speculators", training_plot),
+    ("allocation", "Bits by layer", allocation_plot),
+    ("errors", "Error by layer", error_plot),
 )
 
 
@@ -40,13 +43,23 @@ def write_report(report: Mapping[str, Any], directory: Path) -> list[Path]:
         (f"{name}.svg", title, plot.caption) for name, title, _ in _PLOTS if (plot := plots[name])
     ]
     contents: dict[str, bytes | None] = {
-        "index.html": render_html(report, *plots.values()).encode(),
+        "index.html": render_html(
+            report, {name: plot for name, plot in plots.items() if plot}
+        ).encode(),
         "report.md": render_markdown(report, pictures).encode(),
         "report.json": (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode(),
     }
     for name, plot in plots.items():
         contents[f"{name}.svg"] = plot.svg.encode() if plot else None
         contents[f"{name}.png"] = plot.png if plot else None
+    return write_files(contents, directory)
+
+
+def write_files(contents: Mapping[str, bytes | None], directory: Path) -> list[Path]:
+    """Write files by name, each whole or not at all; those that are None are removed.
+
+    Returns the paths; RunError when the directory cannot be written.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, data in contents.items():

@@ -207,6 +207,27 @@ def sample_inputs() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def full_inputs() -> dict[str, Any]:
+    """`sample_inputs` with raw samples and continuations, as a run has them."""
+    inputs = sample_inputs()
+    speeds = {"baseline": 1.0, "int8-gptq": 1.46, "int4-gptq": 1.9, "int4-rtn": 1.88}
+    inputs["samples"] = {name: requests(name, speed) for name, speed in speeds.items()}
+    inputs["variants"][1]["drift"] = {
+        "prompts": 2,
+        "output_length": 8,
+        "equal": 1,
+        "first_difference": [5, None],
+        "median_first_difference": 6.5,
+        "equal_after": [{"tokens": 8, "share": 0.5}],
+        "examples": [
+            {"prompt": "Where is the cat?", "baseline": "The cat is on the mat now.",
+             "variant": "The cat is on the chair now.", "first_difference": 5},
+            {"prompt": "Say yes.", "baseline": "Yes.", "variant": "Yes.", "first_difference": None},
+        ],
+    }  # fmt: skip
+    return inputs
+
+
 def write_sample(directory: Path) -> None:
     """Write the invented report, to look at."""
     from compressor.report.build import build_report

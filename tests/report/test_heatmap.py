@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.report.build import build_report
-from compressor.report.heatmap import _grid, allocation_plot
+from compressor.report.heatmap import _bits, _grid, allocation_plot, error_plot
 from compressor.report.write import write_report
 
 
@@ -19,7 +19,8 @@ def layers() -> list[dict[str, Any]]:
 
 
 def test_layers_stand_at_their_block_and_kind() -> None:
-    kinds, values = _grid([*layers(), {"name": "lm_head", "error": 0.1, "scheme": "W8A16"}])
+    rows = [*layers(), {"name": "lm_head", "error": 0.1, "scheme": "W8A16"}]
+    kinds, values = _grid(_bits({"quantization": {"layers": rows}}))
     assert kinds == ["self_attn.q_proj", "mlp.down_proj", "mlp.experts.w1"]
     assert values.tolist() == [[8, 4, 4]] * 3
 
@@ -36,4 +37,14 @@ def test_only_mixed_precision_is_drawn(inputs: dict[str, Any], tmp_path: Path) -
     assert "allocation.svg" in (tmp_path / "report.md").read_text()
     assert "5.33 bits on average" in (tmp_path / "report.md").read_text()
     page = (tmp_path / "index.html").read_text()
-    assert page.count("<svg") == 2 and "<image" not in page
+    assert page.count("<svg") == 4 and "<image" not in page
+
+
+def test_errors_are_drawn_once_for_equal_layers(inputs: dict[str, Any]) -> None:
+    plot = error_plot(build_report(**inputs))
+    assert plot is not None
+    assert "int8-gptq" in plot.svg and "int4-gptq, int4-rtn" in plot.svg
+    assert "model.layers.29.mlp.down_proj moved most (0.00039" in plot.caption
+    for variant in inputs["variants"]:
+        variant["quantization"] = None
+    assert error_plot(build_report(**inputs)) is None

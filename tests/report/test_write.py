@@ -11,13 +11,17 @@ from rich.console import Console
 from compressor.errors import RunError
 from compressor.report import figures
 from compressor.report.build import build_report
+from compressor.report.curves import latency_plot
 from compressor.report.html import render_html
 from compressor.report.markdown import escape, render_markdown
 from compressor.report.plots import quality_cost_plot
 from compressor.report.terminal import closing, closing_table
 from compressor.report.write import read_report, write_report
 
-FILES = {"index.html", "report.md", "report.json", "quality_cost.svg", "quality_cost.png"}
+PLOTS = ("quality_cost", "latency", "errors")
+FILES = {"index.html", "report.md", "report.json"} | {
+    f"{name}.{kind}" for name in PLOTS for kind in ("svg", "png")
+}
 EVIL = "<script>alert(1)</script>\"'&|`*_$x$ {{7*7}} [bold]"
 
 
@@ -29,12 +33,14 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.links: list[str] = []
         self.open: list[str] = []
+        self.ids: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         if tag not in ("meta", "link", "br", "img", "input", "hr", "path", "use", "rect"):
             self.open.append(tag)
+        self.ids += [v or "" for k, v in attrs if k == "id"]
         self.links += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "srcset")]
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -82,11 +88,15 @@ def test_all_files_are_written_and_twice_the_same(report: dict[str, Any], tmp_pa
 
 
 def test_page_is_whole_and_asks_for_nothing(report: dict[str, Any]) -> None:
-    text = render_html(report, quality_cost_plot(report))
+    plots = {"quality_cost": quality_cost_plot(report), "latency": latency_plot(report)}
+    assert None not in plots.values()
+    text = render_html(report, plots)
     page = Page(text)
     assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
     assert all(link.startswith("#") for link in page.links)
-    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert not {"link", "img", "iframe"} & set(page.tags)
+    assert page.tags.count("script") == 2  # the panel's figures, and our own
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
     assert text.count("<h1>") == 1 and "svg" in page.tags
     for rule in ("prefers-color-scheme: dark", "@media print", "max-width: 40rem", "viewport"):
@@ -97,8 +107,13 @@ def test_hostile_text_is_shown_and_not_run(inputs: dict[str, Any]) -> None:
     report = build_report(**everywhere(inputs, EVIL))
     plot = quality_cost_plot(report)
     assert plot is not None
-    text = render_html(report, plot)
-    assert "<script" not in text and "alert(1)" in text and "{{7*7}}" in text
+    text = render_html(report, {"quality_cost": plot})
+    assert (
+        "<script>alert" not in text
+        and text.count("<script") == 2
+        and "alert(1)" in text
+        and "{{7*7}}" in text
+    )
     assert Page(text).open == []
     assert "<script" not in plot.svg
     page = render_markdown(report, [("quality_cost.svg", "Quality against cost", plot.caption)])
@@ -160,7 +175,7 @@ def test_no_quality_no_plot_and_an_old_one_goes(inputs: dict[str, Any], tmp_path
     for variant in inputs["variants"]:
         variant["quality"] = []
     paths = write_report(build_report(**inputs), tmp_path)
-    assert {path.name for path in paths} == {"index.html", "report.md", "report.json"}
+    assert not any(path.name.startswith("quality_cost") for path in paths)
     assert not (tmp_path / "quality_cost.svg").exists()
     assert "quality_cost.svg" not in (tmp_path / "report.md").read_text()
 
@@ -198,6 +213,27 @@ def test_unwritable_directory_is_named(report: dict[str, Any], tmp_path: Path) -
 )  # fmt: skip
 def test_numbers(value: float | None, text: str) -> None:
     assert figures.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "text", "bounds"),
+    [(27.924, 27.07, 28.80, "27.9", "27.1 to 28.8"), (1.1013, 1.009, 1.206, "1.10", "1.01 to 1.21"),
+     (295.2, 250.0, 341.0, "295", "250 to 341"), (1.38623, 1.3861, 1.3863, "1.386",
+     "1.386 to 1.386"), (12345.0, 9000.0, 15000.0, "12,000", "9,000 to 15,000"),
+     (0.0912, 0.086, 0.0951, "0.091", "0.086 to 0.095"), (5.0, None, None, "5.00", "")],
+)  # fmt: skip
+def test_digits_are_those_that_an_interval_supports(
+    value: float, low: float | None, high: float | None, text: str, bounds: str
+) -> None:
+    interval = {"value": value, "low": low, "high": high}
+    assert figures.measured(interval) == text and figures.between(interval) == bounds
+
+
+def test_changes_have_the_digits_of_their_interval() -> None:
+    assert figures.change(0.16634, (0.151, 0.182)) == "+16.6%"
+    assert figures.change_interval((0.151, 0.182)) == "+15.1% to +18.2%"
+    assert figures.change(0.0037, (0.002, 0.0055)) == "+0.37%"
+    assert figures.change(1.452, (1.2, 1.7)) == "+145%"
 
 
 def test_percent_size_and_time() -> None:
