@@ -27,10 +27,7 @@ from compressor.models.end_tokens import end_tokens
 from compressor.speculate.acceptance import Acceptance
 from compressor.speculate.cached import CachedModel
 from compressor.speculate.decoding import speculative_decode
-from compressor.speculate.options import OPTIONS
-from compressor.speculate.pipeline import make_proposers
-from compressor.speculate.tree import Tree
-from compressor.speculate_stages import target
+from compressor.speculate_stages import proposers, target
 
 MOST = 0.1
 
@@ -68,15 +65,8 @@ def main() -> int:
         if variant is None or not counted:
             continue
         asked = served_prompts(arguments.run, variant)
-        options: Any = OPTIONS[c["method"]].model_validate(c["options"])
-        model, trained = target(context), context.find("speculate")
-        chain = make_proposers(
-            options,
-            trained.path if trained else Path(),
-            model,
-            lambda heads: Tree.chain(1),
-            c["tree_nodes"],
-        )["chain"]
+        model = target(context)
+        chain = proposers(context, model)["chain"]
         different = sorted(set(asked))
         answers = speculative_decode(
             CachedModel(model),

@@ -32,12 +32,8 @@ from compressor.plan import make_plan
 from compressor.progress import SilentProgress
 from compressor.recipe import load_recipe
 from compressor.speculate.cached import CachedModel
-from compressor.speculate.corpus import Corpus
-from compressor.speculate.features import Features
-from compressor.speculate.options import OPTIONS
-from compressor.speculate.pipeline import make_proposers, measured_tree
 from compressor.speculate.trial import try_out
-from compressor.speculate_stages import target
+from compressor.speculate_stages import proposers, target
 from compressor.stages import Context
 from compressor.store import Store
 
@@ -80,25 +76,14 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for context in contexts(arguments.recipe):
         c = context.config
-        options: Any = OPTIONS[c["method"]].model_validate(c["options"])
         prompts = prompts_of(context.tokenizer(), arguments.prompts)
-        trained = context.find("speculate")
-
-        def tree(heads: Any, context: Context = context) -> Any:
-            corpus = Corpus.load(context.need("corpus").path)
-            states = Features.open(context.need("features").path)
-            return measured_tree(heads, corpus, states, context.config["tree_nodes"])
-
         full: Any = CausalLM.open(context.model_dir).load_full(torch.float32)
         targets = {"quantized": target(context), "full precision": full.eval()}
         for name, model in targets.items():
-            proposers = make_proposers(
-                options, trained.path if trained else Path(), model, tree, c["tree_nodes"]
-            )
             started = time.perf_counter()
             results, _ = try_out(
                 CachedModel(model),
-                proposers,
+                proposers(context, model),
                 prompts,
                 depth=c["depth"],
                 output_length=arguments.tokens,

@@ -13,6 +13,7 @@ from compressor.store import write_atomic
 
 if TYPE_CHECKING:
     from compressor.speculate.medusa import MedusaHeads
+    from compressor.speculate.proposer import Proposer
     from compressor.speculate.tree import Tree
     from compressor.stages import Context
 
@@ -200,40 +201,25 @@ def accept(context: Context) -> dict[str, Any]:
     """Try a speculator on prompts that it was not trained on."""
     from compressor.models.end_tokens import end_tokens
     from compressor.speculate.cached import CachedModel
-    from compressor.speculate.corpus import Corpus
-    from compressor.speculate.features import Features
-    from compressor.speculate.options import OPTIONS
-    from compressor.speculate.pipeline import make_proposers, measured_tree
     from compressor.speculate.trial import sweep, try_out
 
     c = context.config
-    options: Any = OPTIONS[c["method"]].model_validate(c["options"])
     found = _prompts(context, c["test_prompts"], None, "prompt")
     prompts = _choose(found, max(c["test_samples"], *c["sweep"]), c["seed"])
     model = target(context)
     cached = CachedModel(model)
-    trained = context.find("speculate")
-    directory = trained.path if trained else context.directory
-
-    def tree(heads: MedusaHeads) -> Tree:
-        corpus = Corpus.load(context.need("corpus").path)
-        return measured_tree(
-            heads, corpus, Features.open(context.need("features").path), c["tree_nodes"]
-        )
-
-    drafts = _draft_model(context, model) if c["method"] == "draft" else None
-    proposers = make_proposers(options, directory, model, tree, c["tree_nodes"], drafts)
-    chosen: Tree | None = getattr(proposers.get("tree"), "tree", None)
+    made = proposers(context, model)
+    chosen: Tree | None = getattr(made.get("tree"), "tree", None)
     title = f"try {c['method']} of {context.stage.variant}"
     tried = prompts[: c["test_samples"]]
-    with context.progress.task(title, (1 + len(proposers)) * len(tried)) as task:
+    with context.progress.task(title, (1 + len(made)) * len(tried)) as task:
 
         def advance(note: str) -> None:
             task.advance(1)
 
         results, raw = try_out(
             cached,
-            proposers,
+            made,
             tried,
             depth=c["depth"],
             output_length=c["output_length"],
@@ -246,7 +232,7 @@ def accept(context: Context) -> dict[str, Any]:
     with context.progress.task(f"time {c['method']} of {context.stage.variant}", None):
         times = sweep(
             cached,
-            proposers,
+            made,
             prompts,
             depths=range(1, c["depth"] + 1),
             batch_sizes=[size for size in c["sweep"] if size <= len(prompts)],
@@ -260,6 +246,27 @@ def accept(context: Context) -> dict[str, Any]:
         "tree": None if chosen is None else [list(path) for path in chosen.paths],
         "times": times,
     }
+
+
+def proposers(context: Context, model: Any) -> dict[str, Proposer]:
+    """What proposes to this model with an ``accept`` stage's speculator, by shape of candidates
+    (chain, tree)."""
+    from compressor.speculate.corpus import Corpus
+    from compressor.speculate.features import Features
+    from compressor.speculate.options import OPTIONS
+    from compressor.speculate.pipeline import make_proposers, measured_tree
+
+    c, trained = context.config, context.find("speculate")
+    options: Any = OPTIONS[c["method"]].model_validate(c["options"])
+
+    def tree(heads: MedusaHeads) -> Tree:
+        corpus = Corpus.load(context.need("corpus").path)
+        features = Features.open(context.need("features").path)
+        return measured_tree(heads, corpus, features, c["tree_nodes"])
+
+    drafts = _draft_model(context, model) if c["method"] == "draft" else None
+    directory = trained.path if trained else context.directory
+    return make_proposers(options, directory, model, tree, c["tree_nodes"], drafts)
 
 
 def export(context: Context, provenance: dict[str, Any], directory: Path) -> None:
