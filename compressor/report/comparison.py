@@ -235,7 +235,9 @@ def _bits(row: Mapping[str, Any] | None) -> dict[str, float | None] | None:
 
 
 def _hundredfold(change: Mapping[str, float | None] | None) -> dict[str, float | None] | None:
-    return change and {key: None if end is None else 100 * end for key, end in change.items()}
+    if change is None:
+        return None
+    return {key: None if end is None else 100 * end for key, end in change.items()}
 
 
 def _sentence(best: Sequence[Mapping[str, Any]], labels: Sequence[str], money: str) -> str:
