@@ -1,7 +1,7 @@
 """Greedy output with speculation against the target's own, token by token, of a finished run.
 
-    python benchmarks/lossless.py recipes/medusa.yaml [--prompts 200] [--tokens 32] [--batch 32]
-        [--output FILE.json]
+    python benchmarks/lossless.py recipes/medusa.yaml [--prompts 200] [--tokens 16] [--nodes 16]
+        [--batch 32] [--output FILE.json]
 
 For each variant with speculation that the recipe's store holds, with a chain and with a tree of its
 guesses, behind its own target and behind the unquantized one (whose outputs the guesses were not
@@ -18,6 +18,7 @@ import platform
 import sys
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from compressor.plan import make_plan
 from compressor.progress import SilentProgress
 from compressor.recipe import load_recipe
 from compressor.speculate.cached import CachedModel
-from compressor.speculate.trial import try_out
+from compressor.speculate.decoding import Decoded, speculative_decode
+from compressor.speculate.trial import figures
 from compressor.speculate_stages import proposers, target
 from compressor.stages import Context
 from compressor.store import Store
@@ -69,41 +71,50 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--nodes", type=int, default=16, help="of trees")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    plain: dict[str, list[Decoded]] = {}  # by target
     for context in contexts(arguments.recipe):
         c = context.config
+        c["tree_nodes"] = arguments.nodes
         prompts = prompts_of(context.tokenizer(), arguments.prompts)
         full: Any = CausalLM.open(context.model_dir).load_full(torch.float32)
-        targets = {"quantized": target(context), "full precision": full.eval()}
-        for name, model in targets.items():
-            started = time.perf_counter()
-            results, _ = try_out(
-                CachedModel(model),
-                proposers(context, model),
-                prompts,
-                depth=c["depth"],
+        quantized = context.quantized
+        for name, model in {"as served": target(context), "full precision": full.eval()}.items():
+            cached, ends = CachedModel(model), sorted(end_tokens(model))
+
+            decode = partial(
+                speculative_decode,
+                cached,
+                prompts=prompts,
                 output_length=arguments.tokens,
                 batch_size=arguments.batch,
-                ends=sorted(end_tokens(model)),
+                ends=ends,
+                depth=c["depth"],
             )
-            for way, figures in results.items():
+            key = quantized.key if quantized and name == "as served" else str(context.model_dir)
+            if key not in plain:
+                plain[key] = decode(None)
+            for way, proposer in proposers(context, model).items():
+                started = time.perf_counter()
+                found = figures(plain[key], decode(proposer))
                 rows.append(
                     {
                         "method": c["method"],
                         "candidates": way,
                         "target": name,
-                        "prompts": figures["sequences"],
-                        "equal": figures["equal"],
-                        "ties": figures["ties"],
-                        "tokens_per_step": round(figures["tokens_per_step"], 3),
+                        "prompts": found["sequences"],
+                        "equal": found["equal"],
+                        "ties": found["ties"],
+                        "tokens_per_step": round(found["tokens_per_step"], 3),
+                        "seconds": round(time.perf_counter() - started, 1),
                     }
                 )
                 print(json.dumps(rows[-1]), flush=True)
-            print(f"# {time.perf_counter() - started:.0f} s", file=sys.stderr)
     if not rows:
         print("the store holds no trained speculator of this recipe: run it first", file=sys.stderr)
         return 2
