@@ -609,6 +609,7 @@ class _Builder:
             variant=name,
             local={"base_dir": self.recipe.base_dir},
         )
+        corpus = self._first(corpus)
         features = self.add(
             f"features:{name}",
             "features",
@@ -620,6 +621,7 @@ class _Builder:
             estimates["features"],
             variant=name,
         )
+        features = self._first(features)
         trained = self.add(
             f"speculate:{name}",
             "speculate",
@@ -629,6 +631,11 @@ class _Builder:
             variant=name,
         )
         return [corpus, features, trained]
+
+    def _first(self, name: str) -> str:
+        """The first stage that is equal to this one: what comes after either is then equal too."""
+        key = self.stages[name].key
+        return next(stage.name for stage in self.stages.values() if stage.key == key)
 
     def _given_draft(
         self, name: str, source: str, revision: str | None, baseline: list[str]
@@ -712,9 +719,7 @@ class _Builder:
             variant=variant,
         )
         if self.proofs and (owner != BASELINE or fmt == "gguf"):
-            shared = f"export:{owner}:{fmt}"  # the same artifact is proven once
-            same = shared in self.stages and self.stages[shared].key == self.stages[made].key
-            self._verify(variant, fmt, [*inputs, shared if same else made], owner)
+            self._verify(variant, fmt, [*inputs, self._first(made)], owner)  # once, if shared
         return made
 
     def _verify(self, variant: str, fmt: str, inputs: list[str], owner: str) -> None:

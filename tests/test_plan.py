@@ -157,6 +157,29 @@ def test_an_artifact_that_variants_share_is_proven_once(tmp_path: Path) -> None:
     assert keys["int8"] == keys["int8-ngram"] != keys["int4"]
 
 
+def test_speculators_of_one_target_learn_from_one_corpus(tmp_path: Path) -> None:
+    tiny.build("llama", tmp_path / "model")
+    recipe = {
+        "version": 1,
+        "model": {"source": "model"},
+        "variants": {
+            "heads": {"speculate": {"medusa": {}}},
+            "draft": {"speculate": {"draft": {"blocks": 1}}},
+            "eagle": {"speculate": {"eagle3": {}}},
+        },
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    plan = make_plan(load_recipe(tmp_path / "r.yaml"), Store(tmp_path / "store"))
+
+    def keys(kind: str) -> dict[str | None, str]:
+        return {stage.variant: stage.key for stage in plan.stages if stage.kind == kind}
+
+    assert len(set(keys("corpus").values())) == 1
+    states = keys("features")
+    assert states["heads"] == states["draft"] != states["eagle"]
+    assert len(set(keys("speculate").values())) == 3
+
+
 @given(
     tokens=st.integers(1, 1 << 20),
     more=st.integers(1, 1 << 20),
