@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,8 +49,15 @@ class _Outcome:
     broken: dict[str, str] = field(default_factory=dict)  # error by key of a stage that failed
 
 
-def execute(plan: Plan, progress: Progress) -> RunResult:
+def execute(
+    plan: Plan, progress: Progress, *, search: Mapping[str, str] | None = None
+) -> RunResult:
     """Run every stage that the store lacks and write the run directory.
+
+    Args:
+        plan: what to do.
+        progress: where to report.
+        search: files of a search (`compressor.optimise`) that chose these variants, by name.
 
     A stage that serves one variant and fails marks that variant failed; the others go on. A stage
     that serves all and fails ends the run.
@@ -78,7 +86,39 @@ def execute(plan: Plan, progress: Progress) -> RunResult:
             outcome.failed[str(stage.variant)] = outcome.broken[stage.key] = str(error)
             _withdraw(stage, outcome)
             _log(log, "failed", stage, error=str(error))
-    return _finish(plan, outcome, run_dir)
+    return _finish(plan, outcome, run_dir, search or {})
+
+
+def run_stages(
+    plan: Plan, names: Iterable[str], progress: Progress, log: Path
+) -> dict[str, StoredStage]:
+    """Run some of a plan's stages, and what they rest on.
+
+    Args:
+        plan: that has them.
+        names: of the stages that are wanted.
+        progress: where to report.
+        log: file that a line is added to for each stage that begins or ends.
+
+    Returns:
+        every stage that was needed, by name.
+
+    Raises:
+        CompressorError: one of them failed.
+    """
+    by_name = {stage.name: stage for stage in plan.stages}
+    wanted: set[str] = set()
+    left = list(names)
+    while left:
+        name = left.pop()
+        if name not in wanted:
+            wanted.add(name)
+            left += by_name[name].inputs
+    outcome = _Outcome({}, set(), {})
+    for stage in plan.stages:
+        if stage.name in wanted:
+            _run_stage(plan, stage, outcome, progress, log)
+    return outcome.done
 
 
 def _withdraw(stage: Stage, outcome: _Outcome) -> None:
@@ -148,7 +188,7 @@ def _make(
     )
 
 
-def _finish(plan: Plan, outcome: _Outcome, run_dir: Path) -> RunResult:
+def _finish(plan: Plan, outcome: _Outcome, run_dir: Path, search: Mapping[str, str]) -> RunResult:
     from compressor.doctor import environment
     from compressor.publish.complete import complete_artifacts
     from compressor.quality import write_gate
@@ -181,6 +221,7 @@ def _finish(plan: Plan, outcome: _Outcome, run_dir: Path) -> RunResult:
             for stage in plan.stages
             if (stored := outcome.done.get(stage.name))
         ],
+        search=search,
     )
     report = run_report(run_dir)
     complete_artifacts(run_dir, report)
