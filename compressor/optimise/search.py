@@ -4,8 +4,8 @@ A candidate is scored on few tokens, then on all tokens of the search, then expo
 under the load. It is dropped as soon as it cannot win: limits missed by more than chance allows, or
 an objective that cannot come below the best so far. Proxies order the candidates, and leave out
 untried those that cannot win. From the `_STARTUP`-th trial on every second one is proposed by
-Optuna's multi-objective TPE (Ozaki et al., GECCO 2020; constrained as in arXiv:2211.14411) from what
-the trials showed; the others are the most promising by the proxies, corrected by the trials.
+Optuna's multi-objective TPE (Ozaki et al., GECCO 2020; constrained as in arXiv:2211.14411) from
+what the trials showed; the others are the most promising by the proxies, corrected by the trials.
 
 Trials are kept in SQLite. What is decided follows from the finished trials and from the seed alone,
 and time is what stages took when they ran: a search that was interrupted ends with the same answer.
