@@ -112,14 +112,31 @@ def run(
         bool, typer.Option("--force", help="Run although memory or the engine speak against it.")
     ] = False,
     no_verify: NoVerify = False,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on",
+            help="Spread stages over a Ray cluster: ray starts one here, ray=ADDRESS uses one that "
+            "sees the store.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Do what the recipe says: quantize, evaluate, measure, export, report."""
+    if on is not None:
+        from compressor.cluster import parse_address
+
+        parse_address(on)
     from compressor.progress import make_progress
     from compressor.report.terminal import closing
     from compressor.run import execute
 
     loaded = _load(recipe, output, only)
     if loaded.optimise is not None:
+        if on is not None:
+            raise RecipeError(
+                "a search tries one candidate after the other", where="--on", fix="remove it"
+            )
         _optimise(loaded, _store(loaded, store), quiet)
         return
     plan = _plan(loaded, store, only, not no_verify)
@@ -132,7 +149,7 @@ def run(
                 _complain(f"warning: {line}", "yellow")
         if not force:
             found.check()
-    result = execute(plan, make_progress(quiet))
+    result = execute(plan, make_progress(quiet), on=on)
     if not quiet:
         console = Console()
         console.print(closing(result.report))

@@ -21,7 +21,7 @@ from compressor.errors import CompressorError, RunError
 from compressor.plan import BASELINE, Plan, Stage, code_version
 from compressor.progress import Progress
 from compressor.stages import FUNCTIONS, Context
-from compressor.store import StoredStage, content_key, write_atomic
+from compressor.store import Store, StoredStage, content_key, write_atomic
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,15 @@ class _Outcome:
     cached: set[str]
     failed: dict[str, str]
     broken: dict[str, str] = field(default_factory=dict)  # error by key of a stage that failed
+    made: set[str] = field(default_factory=set)  # keys of stages that were made for this run
 
 
 def execute(
-    plan: Plan, progress: Progress, *, search: Mapping[str, str] | None = None
+    plan: Plan,
+    progress: Progress,
+    *,
+    search: Mapping[str, str] | None = None,
+    on: str | None = None,
 ) -> RunResult:
     """Run every stage that the store lacks and write the run directory.
 
@@ -58,6 +63,7 @@ def execute(
         plan: what to do.
         progress: where to report.
         search: files of a search (`compressor.optimise`) that chose these variants, by name.
+        on: ``ray`` or ``ray=ADDRESS``: make the stages there first; None makes them here.
 
     A stage that serves one variant and fails marks that variant failed; the others go on. A stage
     that serves all and fails ends the run.
@@ -69,6 +75,11 @@ def execute(
     run_dir = _run_directory(plan)
     log = run_dir / "log.jsonl"
     outcome = _Outcome({}, set(), {})
+    if on is not None:
+        from compressor.cluster import parse_address, spread
+
+        found = spread(plan, parse_address(on), progress)
+        outcome = _Outcome({}, set(), {}, found.broken, found.made)
     for stage in plan.stages:
         if stage.variant in outcome.failed:
             continue
@@ -137,21 +148,38 @@ def _run_stage(plan: Plan, stage: Stage, outcome: _Outcome, progress: Progress, 
     key = stage.key_given({name: stored.key for name, stored in inputs.items()})
     stored = plan.store.get(key)
     if stored is None:
-        with plan.store.working(key) as directory:
-            stored = plan.store.get(key)  # another process may have made it while we waited
-            if stored is None:
-                _log(log, "start", stage, key=key)
-                stored = _make(plan, stage, key, inputs, directory, progress)
-                seconds = stored.manifest["seconds"]
-                _log(log, "done", stage, key=key, seconds=seconds)
+        _log(log, "start", stage, key=key)
+        stored = make(plan.store, stage, key, inputs, progress)
+        _log(log, "done", stage, key=key, seconds=stored.manifest["seconds"])
     else:
-        outcome.cached.add(stage.name)
+        if key not in outcome.made:
+            outcome.cached.add(stage.name)
         _log(log, "cached", stage, key=key)
     outcome.done[stage.name] = stored
 
 
+def make(
+    store: Store, stage: Stage, key: str, inputs: dict[str, StoredStage], progress: Progress
+) -> StoredStage:
+    """Make one stage, or wait for the process that is making it.
+
+    Args:
+        store: that it goes into.
+        stage: as planned.
+        key: its content key.
+        inputs: finished stages by name.
+        progress: where to report.
+
+    Raises:
+        CompressorError: it failed.
+    """
+    with store.working(key) as directory:
+        stored = store.get(key)  # another process may have made it while we waited
+        return stored or _make(store, stage, key, inputs, directory, progress)
+
+
 def _make(
-    plan: Plan,
+    store: Store,
     stage: Stage,
     key: str,
     inputs: dict[str, StoredStage],
@@ -170,9 +198,9 @@ def _make(
             fix="free some space or mend the path, and run again: finished stages are kept",
         ) from error
     except CompressorError:
-        plan.store.discard_partial(key)
+        store.discard_partial(key)
         raise
-    return plan.store.publish(
+    return store.publish(
         key,
         directory,
         {

@@ -135,6 +135,9 @@ def deployed(recipe: Recipe, chosen: str | None, finalists: Sequence[Candidate])
     variants |= variant_values(recipe)
     value = derived_value(recipe, variants={chosen: variants[chosen]}, publish=None)
     value["name"] = f"{recipe.name}-optimised"[:64]
+    value.pop("output")  # which the command line may have moved
+    if "output" in recipe._value:
+        value["output"] = recipe._value["output"]
     if isinstance(measure := value.get("measure"), dict):  # steps of variants that are not in it
         value["measure"] = {key: part for key, part in measure.items() if key != "waterfall"}
     return {OPTIMISED: _HEADER + yaml.safe_dump(value, sort_keys=False)}
@@ -153,7 +156,9 @@ def _record(
         for one in finalists
     ]  # fmt: skip
     baseline = objectives.get(BASELINE)
-    names = [name for name in objectives if name != BASELINE and _passed(options, report, name)]
+    given = {name for name, variant in recipe.variants.items() if not variant.is_null}
+    may = given | {one.name for one in judged}
+    names = [name for name in objectives if name in may and _passed(options, report, name)]
     best = min(names, key=lambda name: (objectives[name], name), default=None)
     if best is not None and baseline is not None and objectives[best] >= baseline:
         best = None

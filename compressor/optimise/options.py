@@ -6,9 +6,9 @@ The types of what variants are made of (steps, `precision:`, `serve:` and so on)
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from compressor.evaluate.options import Gate, Share
 from compressor.numerics.scheme import Scheme
@@ -36,6 +36,14 @@ class Limits(Gate):
     )
 
 
+def _known(name: str) -> str:
+    Scheme.parse(name)
+    return name
+
+
+SchemeName = Annotated[str, AfterValidator(_known)]
+
+
 def _untouched() -> list[Any]:
     return [None]
 
@@ -48,7 +56,7 @@ class Space(_Options):
         description="Lists of steps in their order, as under `quantize:`, without schemes and "
         "group sizes; `[]`: the model as it is, for what only serves otherwise.",
     )
-    schemes: list[str] = Field(
+    schemes: list[SchemeName] = Field(
         default_factory=lambda: ["W8A8", "W8A16", "W4A16"],
         description="Schemes of the quantizers.",
         json_schema_extra={"default": ["W8A8", "W8A16", "W4A16"]},
@@ -85,13 +93,6 @@ class Space(_Options):
         min_length=1,
         description="Serving settings, such as flags with batch limits.",
     )
-
-    @field_validator("schemes")
-    @classmethod
-    def _known(cls, names: list[str]) -> list[str]:
-        for name in names:
-            Scheme.parse(name)
-        return names
 
 
 class Optimise(_Options):

@@ -25,6 +25,7 @@ from compressor.errors import CompressorError, RunError
 from compressor.measure.devices import Device, this_device
 from compressor.models.dimensions import read_dimensions
 from compressor.models.shapes import linear_shapes
+from compressor.numerics.scheme import Scheme
 from compressor.optimise import trials as run
 from compressor.optimise.options import MEASURED
 from compressor.optimise.proxies import Proxies
@@ -118,7 +119,8 @@ class _Search:
             base_dir=self.recipe.base_dir,
         )
         space = self.options.space
-        schemes = [*space.schemes, *(n for one in space.precision for n in one.schemes)]
+        listed = [*space.schemes, *(n for one in space.precision for n in one.schemes)]
+        schemes = [name for name in listed if Scheme.parse(name).weights.type == "int"]
         given = measure.prices.model_dump(mode="json") if measure is not None else {}
         return Proxies(
             dims,

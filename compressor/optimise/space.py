@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 POOL = 4096  # candidates that are looked at one by one; of larger spaces as many are drawn
 _SERVING = ("serve", "speculate")
 # Options of a quantizer that serving does not see: how codes are found, and not their form.
-_FORM = ("scheme", "group_size", "symmetric", "activations", "desc_act", "static_groups")
+_FORM = ("scheme", "group_size", "symmetric", "activations")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class Candidate:
             kind = registry.get(step.algorithm).kind
             options = step.options.model_dump(mode="json")
             if kind == "weights" and isinstance(step.options, registry.SchemeOptions):
-                steps = [{key: options.get(key) for key in _FORM}]
+                ordered = options.get("desc_act") and not options.get("static_groups")
+                steps = [{key: options[key] for key in _FORM} | {"g_idx": bool(ordered)}]
             elif kind in ("weights", "library"):
                 steps = [step.algorithm, options]
         rest = v.model_dump(mode="json", include={"precision", "ignore", "lm_head"})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +57,9 @@ class Trials:
         """The plan of the model alone."""
         return self._plan({_PROBE: {"quantize": []}})
 
-    def sensitivities(self, schemes: Iterable[str], group_size: int) -> list[Sensitivity]:
+    def sensitivities(self, schemes: Sequence[str], group_size: int) -> list[Sensitivity]:
         """Of every linear to each of the schemes; none without a calibration text."""
-        if self.recipe.calibration is None:
+        if self.recipe.calibration is None or not schemes:
             return []
         listed = list(dict.fromkeys(schemes))
         if len(listed) < 2:  # a budget chooses among two at least
@@ -214,8 +213,3 @@ def surely_missed(limits: Limits, found: Mapping[str, Any], slack: float) -> boo
 def worst_loss(found: Mapping[str, Any]) -> float:
     """Growth of the perplexity on the text where it is worst."""
     return max(row["perplexity_change"] for row in found["quality"])
-
-
-def canonical(value: Any) -> str:
-    """JSON of plain data."""
-    return json.dumps(value, sort_keys=True)
