@@ -1,10 +1,10 @@
 """Stages spread over the workers of a Ray cluster, into a store that all of them see.
 
 A stage goes to a worker as soon as its inputs are there, with a request for processors, memory and
-(where the cluster has any) one GPU. Stages that take times ask for everything that a node has, so
-that nothing else runs beside them. A worker that is lost is replaced, and its stage goes on from what
-it left in the store. Keys are those of a local run: each worker computes the key itself and refuses
-where its own code would make something else.
+(where the cluster has any) one GPU. Stages that take times ask for all processors and GPUs of a
+node, so that nothing else runs beside them. A worker that is lost is replaced, and its stage goes
+on from what it left in the store. Keys are those of a local run: each worker computes the key
+itself and refuses where its own code would make something else.
 """
 
 from __future__ import annotations
