@@ -1431,6 +1431,9 @@ def recipe_schema() -> dict[str, Any]:
     steps["items"] = {"anyOf": [steps["items"], by_name]}
     speculate = schema["$defs"]["Variant"]["properties"]["speculate"]
     speculate["anyOf"].append({"type": "string", "enum": list(_BY_NAME)})
+    space = schema["$defs"]["Space"]["properties"]
+    space["algorithms"]["items"]["items"] = steps["items"]
+    space["speculate"]["items"] = {"anyOf": speculate["anyOf"]}
     schema["required"].remove("variants")
     schema["anyOf"] = [{"required": ["variants"]}, {"required": ["optimise"]}]
     tasks = schema["$defs"]["Evaluate"]["properties"]["tasks"]

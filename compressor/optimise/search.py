@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import CompressorError, RunError
-from compressor.measure.devices import Device, this_device
+from compressor.measure.devices import Device, devices, this_device
 from compressor.models.dimensions import read_dimensions
 from compressor.models.shapes import linear_shapes
 from compressor.numerics.scheme import Scheme
@@ -108,9 +108,11 @@ class _Search:
 
     def _proxies(self) -> Proxies:
         measure = self.recipe.measure
-        if _DEVICE not in self.study.user_attrs:  # once: else a search would not be repeatable
-            self.study.set_user_attr(_DEVICE, this_device().to_dict())
-        device = Device.from_dict(self.study.user_attrs[_DEVICE])
+        device = next(iter(devices().values()))  # sizes are the same on any
+        if self.options.minimise in MEASURED:
+            if _DEVICE not in self.study.user_attrs:  # once: else it would not be repeatable
+                self.study.set_user_attr(_DEVICE, this_device().to_dict())
+            device = Device.from_dict(self.study.user_attrs[_DEVICE])
         source = self.recipe.model
         dims = read_dimensions(
             source.source,
