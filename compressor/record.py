@@ -51,12 +51,19 @@ _FIX = "name the directory of a run; `compress run` with the same recipe writes 
 
 
 def stage_record(
-    name: str, variant: str | None, stored: StoredStage, *, code: str, cached: bool
+    name: str,
+    variant: str | None,
+    stored: StoredStage,
+    *,
+    inputs: Mapping[str, str],
+    code: str,
+    cached: bool,
 ) -> dict[str, Any]:
     """A stage's entry in ``stages.json``.
 
     Args:
         name, variant: as planned; two variants may share one stored stage.
+        inputs: keys of its inputs by their names in this plan.
         code: `plan.code_version` of its kind.
     """
     manifest = stored.manifest
@@ -69,7 +76,7 @@ def stage_record(
         "variant": variant,
         "key": stored.key,
         "config": manifest["config"],
-        "inputs": manifest["inputs"],
+        "inputs": dict(inputs),
         "code": code,
         "seconds": manifest["seconds"],
         "peak_rss_bytes": manifest["peak_rss_bytes"],

@@ -241,6 +241,11 @@ def _finish(plan: Plan, outcome: _Outcome, run_dir: Path, search: Mapping[str, s
                     stage.name,
                     stage.variant,
                     stored,
+                    inputs={
+                        name: outcome.done[name].key
+                        for name in stage.inputs
+                        if name in outcome.done
+                    },
                     code=code_version(stage.kind),
                     cached=stage.name in outcome.cached,
                 ),

@@ -52,9 +52,10 @@ class TrialRecord(_Strict):
 class ProxyErrors(_Strict):
     """How far the proxies were off: medians of the error's size.
 
-    `objective`: |estimated / measured - 1| after calibration on what was measured before. `few` and
-    `held_out`: |difference| of the perplexity's growth against that on the search's tokens.
-    `rank_*`: Spearman's rank correlation with the full figure; None below three pairs.
+    `objective`: |estimated / measured - 1|, the estimate calibrated on the baseline, or on earlier
+    candidates of the same form. `few` and `held_out`: |difference| of the perplexity's growth
+    against that on the search's tokens. `rank_*`: Spearman's rank correlation with the full figure;
+    None below three pairs.
     """
 
     objective: float | None

@@ -263,6 +263,8 @@ class _Search:
                 facts |= {"reached": "failed", "why": error.what}
         new = {key: s for key, s in self.runner.seconds.items() if key not in before}
         estimate = self.state.objective(pooled)[0]
+        if not self.state.measured and facts.get("baseline_objective"):  # calibrated on that
+            estimate = pooled.estimate.objective * facts["baseline_objective"] / self.state.baseline
         return TrialRecord(
             name=candidate.name,
             origin=origin,  # type: ignore[arg-type]
