@@ -820,8 +820,6 @@ def _with_base(name: str, variants: dict[str, Any]) -> Any:
 
 
 _NOTHING = "unchanged"  # stands for variants where there are none beside `optimise:`
-# Where the search is told what a quantizer's option may be.
-_CHOSEN = {"scheme": "schemes", "group_size": "group_sizes"}
 
 
 def _formats() -> list[Format]:
@@ -1049,12 +1047,6 @@ class Recipe(_Section):
         """Each list of algorithms makes a variant with one scheme at least."""
         for number, steps in enumerate(space.algorithms):
             for place, step in enumerate(steps):
-                given = step.options.model_fields_set & {"scheme", "group_size"}
-                if given and isinstance(step.options, registry.SchemeOptions):
-                    raise refuse(
-                        f"the search chooses it: list it under space.{_CHOSEN[min(given)]}",
-                        "space", "algorithms", number, place, step.algorithm, min(given),
-                    )  # fmt: skip
                 if self.calibration is None and step.needs_calibration:
                     raise refuse(
                         "it needs a `calibration:` section in the recipe",
@@ -1068,7 +1060,7 @@ class Recipe(_Section):
                 for step in steps:
                     options = step.options.model_dump(exclude_unset=True)
                     if isinstance(step.options, registry.SchemeOptions):
-                        options["scheme"] = scheme
+                        options.setdefault("scheme", scheme)
                     made.append({step.algorithm: options})
                 try:
                     self.variant_type().model_validate({"quantize": made})

@@ -53,8 +53,9 @@ class Space(_Options):
 
     algorithms: list[list[Any]] = Field(
         min_length=1,
-        description="Lists of steps in their order, as under `quantize:`, without schemes and "
-        "group sizes; `[]`: the model as it is, for what only serves otherwise.",
+        description="Lists of steps in their order, as under `quantize:`; the quantizer gets each "
+        "scheme and group size, where it has none of its own. `[]`: the model as it is, for what "
+        "only serves otherwise.",
     )
     schemes: list[SchemeName] = Field(
         default_factory=lambda: ["W8A8", "W8A16", "W4A16"],

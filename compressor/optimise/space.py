@@ -161,12 +161,14 @@ class CandidateSpace:
             if not issubclass(registry.get(name).Options, registry.SchemeOptions):
                 continue
             precision, own = taken["precision"], dict(options)
-            if isinstance(precision, str):
+            if "scheme" in own:  # which goes with its other options
+                precision = own["scheme"]
+            elif isinstance(precision, str):
                 own["scheme"] = precision
             else:
                 value["precision"] = precision
             eight = isinstance(precision, str) and precision in _WHOLE
-            own["group_size"] = None if eight else taken["group_size"]
+            own.setdefault("group_size", None if eight else taken["group_size"])
             step[name] = own
         for key in ("ignore", "lm_head", "kv_cache", "speculate", "serve"):
             if taken[key] not in (None, []):

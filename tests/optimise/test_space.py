@@ -99,6 +99,13 @@ def test_what_does_not_go_together_is_left_out(tmp_path: Path) -> None:
     assert [one for one in made if one[0] == "bitsandbytes"] == [("bitsandbytes", None, False)]
 
 
+def test_a_scheme_of_a_step_stays(tmp_path: Path) -> None:
+    own = {"scheme": "W8A8", "activations": "dynamic-asymmetric"}
+    found = space(tmp_path, algorithms=[["rtn"], [{"gptq": own}]], schemes=["W8A16", "W4A16"])
+    made = [(c.algorithm, c.scheme) for c in found.pool]
+    assert made == [("rtn", "W8A16"), ("rtn", "W4A16"), ("gptq", "W8A8")]
+
+
 def test_codes_do_not_change_the_class_of_speed_and_serving_does(tmp_path: Path) -> None:
     found = space(
         tmp_path,
@@ -159,11 +166,6 @@ def test_a_derived_recipe_is_an_ordinary_one(tmp_path: Path) -> None:
     [
         ({"optimise__space__algorithms": [["rnt"]]}, "rnt", "did you mean 'rtn'"),
         ({"optimise__space__schemes": ["W9A16"]}, "W9A16", "W9A16"),
-        (
-            {"optimise__space__algorithms": [[{"rtn": {"scheme": "W8A8"}}]]},
-            "scheme: W8A8",
-            "space.schemes",
-        ),
         (
             {"optimise__space__algorithms": [["gptq", "smoothquant"]]},
             "- gptq",
