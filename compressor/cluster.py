@@ -167,7 +167,6 @@ class _Driver:
             "num_gpus": (most.get("GPU", 1) if alone else 1) if self.gpus else 0,
             "memory": int(min(stage.estimate.memory_bytes, 0.9 * memory)) or None,
             "max_retries": RETRIES,
-            "max_calls": 1,  # a new process each time: peaks of memory are the stage's own
             "runtime_env": {"env_vars": variables | {"OMP_NUM_THREADS": str(self.threads)}},
         }
 
