@@ -93,16 +93,19 @@ class Trials:
         return {"quality": result["quality"], "retained": [], "drift": result["drift"]}
 
     def _evaluate(self, tokens: int | None) -> dict[str, Any]:
-        """The recipe's section without tasks and limits; drift only where it is limited."""
+        """The recipe's section without tasks and limits. In the search positions are left out too,
+        and drift where it is not limited; else it is the evaluation of the final run."""
         section = self.evaluate.model_dump(mode="json")
-        section |= {"tasks": [], "tasks_served": False, "gate": None, "positions": {}}
+        section |= {"tasks": [], "tasks_served": False, "gate": None}
+        if tokens is None:
+            return section
+        section["positions"] = {}
         if "drift" not in self.options.subject_to.limits:
             section["drift"] = None
-        if tokens is not None:
-            section["texts"] = [
-                text | {"skip": text["skip"] + text["max_tokens"], "max_tokens": tokens}
-                for text in section["texts"]
-            ]
+        section["texts"] = [
+            text | {"skip": text["skip"] + text["max_tokens"], "max_tokens": tokens}
+            for text in section["texts"]
+        ]
         return section
 
     def artifact(self, candidate: Candidate) -> tuple[int, int]:
