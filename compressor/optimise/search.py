@@ -185,17 +185,21 @@ class _Search:
         """Take in the trials that an earlier, interrupted search finished."""
         from optuna.trial import TrialState
 
-        for trial in self.study.get_trials(deepcopy=False):
+        for trial in self.study.get_trials():
             text = trial.user_attrs.get(_RECORD)
-            if text is None:
-                if trial.state == TrialState.RUNNING:
-                    self.study.tell(trial.number, state=TrialState.FAIL)
-                continue
-            record = TrialRecord.model_validate_json(text)
-            candidate = self.space.at(record.choice)
-            if candidate is not None and not self._over():
+            if trial.state == TrialState.WAITING:  # `ask` hands out the first of those
+                self.study.tell(self.study.ask(), state=TrialState.FAIL)
+            elif text is None and trial.state == TrialState.RUNNING:
+                self.study.tell(trial.number, state=TrialState.FAIL)
+            elif text is not None:
+                record = TrialRecord.model_validate_json(text)
+                candidate = self.space.at(record.choice)
+                if candidate is None or self._over():
+                    continue
                 self.state.add(inside[candidate.identity], record)
                 self.runner.seconds |= record.seconds
+                if trial.state == TrialState.RUNNING:
+                    self._tell(trial.number, inside[candidate.identity], record)
 
     def _next(self, left: Sequence[Pooled]) -> tuple[Pooled, str]:
         """The next candidate, and who proposes it."""
@@ -229,23 +233,27 @@ class _Search:
 
     def _ask(self, pooled: Pooled, origin: str) -> None:
         """Try a candidate, and keep what came of it in the study."""
-        from optuna.trial import TrialState
-
         self.study.enqueue_trial(pooled.candidate.choice)
         trial = self.study.ask()
         self._suggested(trial)
         record = self._trial(pooled, origin)
+        if record.violation is not None:
+            trial.set_constraint("limits", min(record.violation, _MOST))
         trial.set_user_attr(_RECORD, record.model_dump_json())
         self.state.add(pooled, record)
+        self._tell(trial.number, pooled, record)
+
+    def _tell(self, number: int, pooled: Pooled, record: TrialRecord) -> None:
+        """Tell the study what came of a trial."""
+        from optuna.trial import TrialState
+
         if record.violation is None or record.reached == "failed":  # nothing to learn from
-            self.study.tell(trial, state=TrialState.FAIL)
+            self.study.tell(number, state=TrialState.FAIL)
             return
         objective = record.objective
         if objective is None:
             objective = self.state.objective(pooled)[0]
-        violation = min(record.violation, _MOST)
-        trial.set_constraint("limits", violation)
-        self.study.tell(trial, [objective, violation])
+        self.study.tell(number, [objective, min(record.violation, _MOST)])
 
     def _trial(self, pooled: Pooled, origin: str) -> TrialRecord:
         """Run a candidate's stages as far as it can win."""
