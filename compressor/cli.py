@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from compressor.plan import Plan
     from compressor.preflight import Preflight
     from compressor.recipe import Recipe
+    from compressor.run import RunResult
+    from compressor.store import Store
 
 TRACEBACK = "COMPRESSOR_TRACEBACK"
 GATE_FAILED = 3
@@ -110,14 +112,34 @@ def run(
         bool, typer.Option("--force", help="Run although memory or the engine speak against it.")
     ] = False,
     no_verify: NoVerify = False,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on",
+            help="Spread stages over a Ray cluster: ray starts one here, ray=ADDRESS uses one that "
+            "sees the store.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Do what the recipe says: quantize, evaluate, measure, export, report."""
+    if on is not None:
+        from compressor.cluster import parse_address
+
+        parse_address(on)
     from compressor.progress import make_progress
-    from compressor.report.quality import gate_lines
     from compressor.report.terminal import closing
     from compressor.run import execute
 
-    plan = _plan(recipe, output, store, only, not no_verify)
+    loaded = _load(recipe, output, only)
+    if loaded.optimise is not None:
+        if on is not None:
+            raise RecipeError(
+                "a search tries one candidate after the other", where="--on", fix="remove it"
+            )
+        _optimise(loaded, _store(loaded, store), quiet)
+        return
+    plan = _plan(loaded, store, only, not no_verify)
     if plan.remaining:
         from compressor.preflight import preflight
 
@@ -127,11 +149,80 @@ def run(
                 _complain(f"warning: {line}", "yellow")
         if not force:
             found.check()
-    result = execute(plan, make_progress(quiet))
+    result = execute(plan, make_progress(quiet), on=on)
     if not quiet:
         console = Console()
         console.print(closing(result.report))
         console.print(f"report: {result.run_dir / 'report' / 'index.html'}", soft_wrap=True)
+    _ended(plan, result, quiet)
+
+
+@app.command()
+def optimise(
+    recipe: RecipePath,
+    output: OutputDir = None,
+    store: StoreDir = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", help="Instead of optimise.minutes.", min=0.01)
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", help="Instead of optimise.trials.", min=1)
+    ] = None,
+    write: Annotated[
+        Path | None,
+        typer.Option("--write", help="Write the chosen variant's recipe there.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Search for the best variant within the recipe's limits, and judge it on held-out data.
+
+    `compress run` does the same with a recipe that has `optimise:`. Run again after an
+    interruption, or with more time, it goes on from its trials. The exit code is 3 where no variant
+    is better than the baseline.
+    """
+    loaded = _load(recipe, output, None)
+    if loaded.optimise is None:
+        raise RecipeError(
+            "there is no `optimise:` section",
+            where=str(recipe),
+            fix="add one (docs/optimise.md), or use `compress run`",
+        )
+    changes = {"minutes": minutes, "trials": trials}
+    given = {key: value for key, value in changes.items() if value is not None}
+    loaded = loaded.model_copy(update={"optimise": loaded.optimise.model_copy(update=given)})
+    _optimise(loaded, _store(loaded, store), quiet, write)
+
+
+def _optimise(loaded: Recipe, store: Store, quiet: bool, write: Path | None = None) -> None:
+    from compressor.optimise.job import optimise as search
+    from compressor.optimise.job import write_recipe
+    from compressor.progress import make_progress
+    from compressor.report.terminal import closing
+
+    made = search(loaded, store, make_progress(quiet))
+    run_dir, record = made.result.run_dir, made.record
+    if not quiet:
+        console = Console()
+        console.print(closing(made.result.report))
+        console.print(f"report: {run_dir / 'report' / 'index.html'}", soft_wrap=True)
+    typer.echo(record.sentence)
+    if record.chosen is None:
+        raise typer.Exit(GATE_FAILED)
+    if write is not None:
+        try:
+            write_recipe(run_dir, write)
+        except OSError as error:
+            raise RunError(
+                f"cannot be written ({error.strerror})", where=str(write), fix="give another file"
+            ) from error
+    if made.plan.recipe.publish and _publish(made.plan, run_dir, quiet):
+        raise typer.Exit(1)
+
+
+def _ended(plan: Plan, result: RunResult, quiet: bool) -> None:
+    """Say what failed, publish, and end with the exit code that is due."""
+    from compressor.report.quality import gate_lines
+
     for variant, message in result.failed_variants.items():
         _complain(f"{variant} failed: {message}")
     lines = gate_lines(result.report)
@@ -311,7 +402,7 @@ def plan(
     kernels for what comes out of it."""
     from compressor.preflight import preflight
 
-    made = _plan(recipe, output, store, only, not no_verify)
+    made = _plan(_load(recipe, output, only), store, only, not no_verify)
     found = preflight(made)
     rows = [
         {
@@ -360,6 +451,11 @@ def plan(
     console.print(_kernel_table(found))
     for line in found.warnings:
         _complain(f"warning: {line}", "yellow")
+    if (wanted := made.recipe.optimise) is not None:
+        console.print(
+            f"optimise: up to {wanted.trials} trials in {wanted.minutes:g} minutes come on top, "
+            "and their last judgement"
+        )
     made.check_disk()
     found.check()
 
@@ -786,18 +882,14 @@ def estimate(
         console.print(comparison_table(compared.to_dict()))
 
 
-def _plan(
-    recipe: Path,
-    output: Path | None,
-    store: Path | None,
-    only: list[str] | None,
-    proofs: bool = True,
-) -> Plan:
-    from compressor.plan import make_plan
+def _load(recipe: Path, output: Path | None, only: list[str] | None) -> Recipe:
     from compressor.recipe import load_recipe
-    from compressor.store import Store
 
     loaded: Recipe = load_recipe(recipe)
+    if only and loaded.optimise is not None:
+        raise RecipeError(
+            "a search looks at every variant", where="--only", fix="remove it, or `optimise:`"
+        )
     unknown = set(only or ()) - set(loaded.variants)
     if unknown:
         raise RecipeError(
@@ -807,8 +899,19 @@ def _plan(
         )
     if output is not None:
         loaded = loaded.model_copy(update={"output": str(output.resolve())})
-    place = Store((store or loaded.store_dir).resolve())
-    return make_plan(loaded, place, only or (), proofs=proofs)
+    return loaded
+
+
+def _store(loaded: Recipe, store: Path | None) -> Store:
+    from compressor.store import Store
+
+    return Store((store or loaded.store_dir).resolve())
+
+
+def _plan(loaded: Recipe, store: Path | None, only: list[str] | None, proofs: bool = True) -> Plan:
+    from compressor.plan import make_plan
+
+    return make_plan(loaded, _store(loaded, store), only or (), proofs=proofs)
 
 
 def _duration(seconds: float) -> str:

@@ -23,7 +23,7 @@ from compressor.errors import RunError
 from compressor.export.options import GPTQ, MEDUSA_TGI, NOT_MEASURED, PACKED, Verify
 from compressor.export.readers import available
 from compressor.quantize import registry
-from compressor.store import Store, content_key, file_sha256
+from compressor.store import Store, content_key, file_sha256, stage_key
 
 if TYPE_CHECKING:
     from compressor.export.options import Import
@@ -106,14 +106,7 @@ class Stage:
     def key_given(self, keys: dict[str, str]) -> str:
         """The key when its inputs have ``keys``; inputs that are missing there are left out."""
         inputs = {name: keys[name] for name in self.inputs if name in keys}
-        return content_key(
-            {
-                "kind": self.kind,
-                "config": self.config,
-                "in": inputs,
-                "code": code_version(self.kind),
-            }
-        )
+        return stage_key(self.kind, self.config, inputs, code_version(self.kind))
 
 
 @dataclass(frozen=True)
@@ -922,17 +915,9 @@ class _Speed:
         """Sustained float32 FLOP/s of whole models."""
         return 0.6 * self.product("float32")
 
-    @functools.cache  # noqa: B019 (lives as long as the plan is made)
     def product(self, dtype: str) -> float:
         """FLOP/s of a matrix product of a typical shape."""
-        import torch
-
-        a, b = (torch.randn(n, 1024).to(getattr(torch, dtype)) for n in (512, 1024))
-        a @ b
-        started = time.perf_counter()
-        for _ in range(8):
-            a @ b
-        return 8 * 2 * a.shape[0] * b.numel() / (time.perf_counter() - started)
+        return _product(dtype)
 
     def bytes_per_weight(self, quantized: bool) -> float:
         return 1.0 if quantized else 2.0
@@ -1219,6 +1204,19 @@ class _Speed:
         per_variant += sum(workload.requests / rate for rate in workload.rate_per_s)
         memory = self.BASE_MEMORY + variants * 3 * self.facts.parameters
         return Estimate(10 * variants + per_variant * variants, memory, 10_000_000)
+
+
+@functools.cache
+def _product(dtype: str) -> float:
+    """FLOP/s of a matrix product of a typical shape, probed once."""
+    import torch
+
+    a, b = (torch.randn(n, 1024).to(getattr(torch, dtype)) for n in (512, 1024))
+    a @ b
+    started = time.perf_counter()
+    for _ in range(8):
+        a @ b
+    return 8 * 2 * a.shape[0] * b.numel() / (time.perf_counter() - started)
 
 
 def _head_options(variant: Variant) -> list[Any]:

@@ -42,6 +42,7 @@ from compressor.export.options import (
     Verify,
 )
 from compressor.numerics.scheme import Scheme
+from compressor.optimise.options import MEASURED, SEARCHED, Optimise, Space
 from compressor.publish.options import Publish
 from compressor.quantize import registry
 from compressor.speculate.options import (
@@ -577,7 +578,10 @@ class EvaluationText(TextSource):
     """A held-out text."""
 
     name: Name = Field(description="How the report calls it.")
-    max_tokens: int = Field(16384, ge=16, description="Tokens to use from its beginning.")
+    skip: int = Field(
+        0, ge=0, description="Tokens at its beginning to leave out, in whole windows."
+    )
+    max_tokens: int = Field(16384, ge=16, description="Tokens to use after those.")
 
 
 class Evaluate(_Section):
@@ -881,6 +885,9 @@ def _with_base(name: str, variants: dict[str, Any]) -> Any:
     return found
 
 
+_NOTHING = "unchanged"  # stands for variants where there are none beside `optimise:`
+
+
 def _formats() -> list[Format]:
     return ["compressed-tensors"]
 
@@ -895,7 +902,12 @@ class Recipe(_Section):
         None, description="Calibration text; needed by gptq, not by rtn."
     )
     variants: dict[VariantName, Variant] = Field(
-        min_length=1, description="Named ways to compress the model, compared with the baseline."
+        min_length=1,
+        description="Named ways to compress the model, compared with the baseline. May be left out "
+        "beside `optimise:`.",
+    )
+    optimise: Optimise | None = Field(
+        None, description="Search for the variant to deploy; nothing is searched when absent."
     )
     speculation: Speculation | None = Field(
         None, description="What speculators are trained and tried on; defaults when absent."
@@ -925,6 +937,7 @@ class Recipe(_Section):
         ".compressor", description="Directory of finished stages, relative to the recipe."
     )
     _path: Path = PrivateAttr(default=Path())
+    _value: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @field_validator("export", mode="before")
     @classmethod
@@ -940,9 +953,12 @@ class Recipe(_Section):
     @model_validator(mode="before")
     @classmethod
     def _inherit(cls, value: Any) -> Any:
-        """Fill in what variants take `from` another."""
+        """Fill in what variants take `from` another; `optimise:` may stand without any."""
         variants = value.get("variants") if isinstance(value, dict) else None
         if not isinstance(variants, dict):
+            searched = isinstance(value, dict) and isinstance(value.get("optimise"), dict)
+            if searched and variants is None:
+                return {**value, "variants": {_NOTHING: {"quantize": []}}}
             return value
         made = {name: _with_base(name, variants) for name in variants}
         return {**value, "variants": made}
@@ -973,6 +989,7 @@ class Recipe(_Section):
         self._check_engine()
         self._check_tasks()
         self._check_waterfall()
+        self._check_optimise()
         for name in (self.publish and self.publish.variants) or ():
             if name not in self.variants:
                 raise PydanticCustomError(
@@ -1052,6 +1069,94 @@ class Recipe(_Section):
                 "the flags hold a --speculative-config already: remove one of the two",
                 {"loc": ("variants", name, "speculate")},
             )
+
+    def _check_optimise(self) -> None:
+        """What is minimised and limited is measured, and every entry of the space can be used."""
+        found = self.optimise
+        if found is None:
+            return
+
+        def refuse(why: str, *loc: int | str) -> PydanticCustomError:
+            return PydanticCustomError("optimise", "{why}", {"why": why, "loc": ("optimise", *loc)})
+
+        if self.evaluate is None:
+            raise refuse("the limits need an `evaluate:` section in the recipe", "subject_to")
+        limits = found.subject_to
+        for metric in limits.limits:
+            if metric in NEED_TASKS and not self.evaluate.tasks:
+                missing = "tasks"
+            elif metric == "drift" and self.evaluate.drift is None:
+                missing = "drift"
+            else:
+                continue
+            raise refuse(
+                f"the limit on {metric} needs `evaluate.{missing}:`",
+                "subject_to",
+                "metrics",
+                metric,
+            )
+        if not set(limits.limits) & set(SEARCHED):
+            raise refuse(
+                "one of the limits must be of the evaluation, such as max_loss: tasks are looked "
+                "at in the end alone",
+                "subject_to",
+            )
+        measured = self.measure
+        if found.minimise in MEASURED:
+            if measured is None:
+                raise refuse(
+                    f"{found.minimise} is measured: add a `measure:` section, or minimise size",
+                    "minimise",
+                )
+            if measured.engine == "endpoint":
+                raise refuse("an endpoint serves what is there already", "minimise")
+            listed = measured.workload.concurrency
+            if not listed:
+                raise refuse("it needs points of a closed loop in measure.workload", "minimise")
+            if found.concurrency is not None and found.concurrency not in listed:
+                raise refuse(f"it is not in measure.workload.concurrency, {listed}", "concurrency")
+        if limits.goal_met is not None:
+            slo = measured.workload.slo if measured is not None else SLO.model_validate({})
+            if found.minimise not in MEASURED or not (slo.ttft_ms or slo.tpot_ms):
+                raise refuse(
+                    "it needs a load that is measured, and measure.workload.slo",
+                    "subject_to",
+                    "goal_met",
+                )
+        self._check_space(found.space, refuse)
+
+    def _check_space(self, space: Space, refuse: Any) -> None:
+        """Each list of algorithms makes a variant with one scheme at least."""
+        for number, steps in enumerate(space.algorithms):
+            for place, step in enumerate(steps):
+                if self.calibration is None and step.needs_calibration:
+                    raise refuse(
+                        "it needs a `calibration:` section in the recipe",
+                        "space", "algorithms", number, place,
+                    )  # fmt: skip
+            if not steps:
+                continue
+            why = "no scheme is listed"
+            for scheme in space.schemes:
+                made = []
+                for step in steps:
+                    options = step.options.model_dump(exclude_unset=True)
+                    if isinstance(step.options, registry.SchemeOptions):
+                        options.setdefault("scheme", scheme)
+                    made.append({step.algorithm: options})
+                try:
+                    self.variant_type().model_validate({"quantize": made})
+                    break
+                except ValidationError as error:
+                    why = error.errors()[0]["msg"].removeprefix("Value error, ")
+            else:
+                if not space.precision or space.schemes:
+                    raise refuse(why, "space", "algorithms", number)
+
+    @classmethod
+    def variant_type(cls) -> type[Variant]:
+        """The type of this recipe's variants."""
+        return next(t for t in _models(cls.model_fields["variants"].annotation))
 
     def _check_tasks(self) -> None:
         """Every variant computes in the dtype that is asked for, and a server that is asked gives
@@ -1283,7 +1388,7 @@ class Recipe(_Section):
 
     def lock(self) -> dict[str, Any]:
         """Every resolved value, defaults included, as plain data."""
-        value = self.model_dump(mode="json")
+        value = self.model_dump(mode="json", exclude={"optimise"})
         for name, variant in self.variants.items():
             found = value["variants"][name]
             found["quantize"] = [step.dump() for step in variant.quantize]
@@ -1321,9 +1426,22 @@ def recipe_model() -> type[Recipe]:
         quantize=(list[step], Variant.model_fields["quantize"]),  # type: ignore[valid-type]
         speculate=(speculate | None, Variant.model_fields["speculate"]),
     )
+    space = create_model(
+        "Space",
+        __base__=Space,
+        algorithms=(list[list[step]], Space.model_fields["algorithms"]),  # type: ignore[valid-type]
+        precision=(list[Precision], Space.model_fields["precision"]),
+        lm_head=(list[LMHead | None], Space.model_fields["lm_head"]),
+        speculate=(list[Speculate | None], Space.model_fields["speculate"]),
+        serve=(list[Serve | None], Space.model_fields["serve"]),
+    )
+    optimise = create_model(
+        "Optimise", __base__=Optimise, space=(space, Optimise.model_fields["space"])
+    )
     return create_model(
         "Recipe",
         __base__=Recipe,
+        optimise=(optimise | None, Recipe.model_fields["optimise"]),
         variants=(dict[VariantName, variant], Recipe.model_fields["variants"]),  # type: ignore[valid-type]
     )
 
@@ -1351,7 +1469,49 @@ def load_recipe(path: Path) -> Recipe:
     except ValidationError as error:
         raise _explain(error, root, path, model) from None
     recipe._path = path.resolve()
+    recipe._value = value
     return recipe
+
+
+def derive(recipe: Recipe, **sections: Any) -> Recipe:
+    """An ordinary recipe made of another one, without its `optimise:`.
+
+    Args:
+        recipe: as it was read.
+        sections: plain values instead of its own; None leaves one out.
+
+    Raises:
+        RecipeError: they do not fit together.
+    """
+    value = derived_value(recipe, **sections)
+    try:
+        made = recipe_model().model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        loc = first.get("ctx", {}).get("loc", first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(
+            f"{'.'.join(map(str, loc))}: {message}", where=str(recipe.path)
+        ) from error
+    made._path, made._value = recipe.path, value
+    return made
+
+
+def variant_values(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """A recipe's variants as plain data, with what they take from others."""
+    variants = recipe._value.get("variants") or {}
+    found = {name: _with_base(name, variants) for name in variants}
+    return {
+        name: {key: part for key, part in value.items() if key != "from"}
+        for name, value in found.items()
+    }
+
+
+def derived_value(recipe: Recipe, **sections: Any) -> dict[str, Any]:
+    """What `derive` makes a recipe of, as plain data."""
+    own = {"name": recipe.name, "output": recipe.output}
+    value = {**recipe._value, **own, "optimise": None, **sections}
+    return {key: section for key, section in value.items() if section is not None}
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -1365,6 +1525,11 @@ def recipe_schema() -> dict[str, Any]:
         steps["items"] = {"anyOf": [steps["items"], by_name]}
     speculate = schema["$defs"]["Variant"]["properties"]["speculate"]
     speculate["anyOf"].append({"type": "string", "enum": list(_BY_NAME)})
+    space = schema["$defs"]["Space"]["properties"]
+    space["algorithms"]["items"]["items"] = steps["items"]
+    space["speculate"]["items"] = {"anyOf": speculate["anyOf"]}
+    schema["required"].remove("variants")
+    schema["anyOf"] = [{"required": ["variants"]}, {"required": ["optimise"]}]
     tasks = schema["$defs"]["Evaluate"]["properties"]["tasks"]
     tasks["items"] = {"anyOf": [tasks["items"], {"type": "string", "minLength": 1}]}
     return schema

@@ -17,6 +17,7 @@ make every figure again on another machine, without the store::
     texts/prompts.json  drift/<variant>.jsonl  prompts, and their greedy continuations
     tasks/<variant>/<task>.jsonl               the tasks, document by document
     served/<variant>/<task>.jsonl              the same, asked of the served artifact
+    optimise.json  optimised.yaml              a search's record, and the recipe that it chose
     gate.json           which variants kept the recipe's limits (where it sets any)
     artifacts/<variant>/<format>/              completed by `compressor.publish.complete`
     report/
@@ -37,24 +38,32 @@ import yaml
 from compressor.errors import RunError
 from compressor.evaluate.options import TOLERANCE
 from compressor.export.artifact import PROVENANCE, SUMS
-from compressor.store import StoredStage, content_key, file_sha256, write_atomic
+from compressor.store import StoredStage, content_key, file_sha256, stage_key, write_atomic
 
 MANIFEST, EXPORTS = "MANIFEST.sha256", "exports"
 LOCK, RUN, ENVIRONMENT, PLAN = "recipe.lock.yaml", "run.json", "environment.json", "plan.json"
 STAGES, LEDGER = "stages.json", "ledger.json"
-RECORD = (LOCK, RUN, ENVIRONMENT, PLAN, STAGES, LEDGER)
+OPTIMISE, OPTIMISED = "optimise.json", "optimised.yaml"
+RECORD = (LOCK, RUN, ENVIRONMENT, PLAN, STAGES, LEDGER, OPTIMISE)
 _IN_SHORT = ("name", "kind", "variant", "key", "seconds", "peak_rss_bytes", "cached")
 _LAYER_KEYS = ("name", "error", "rtn_error", "fallback", "tokens", "undersampled")
 _FIX = "name the directory of a run; `compress run` with the same recipe writes it again"
 
 
 def stage_record(
-    name: str, variant: str | None, stored: StoredStage, *, code: str, cached: bool
+    name: str,
+    variant: str | None,
+    stored: StoredStage,
+    *,
+    inputs: Mapping[str, str],
+    code: str,
+    cached: bool,
 ) -> dict[str, Any]:
     """A stage's entry in ``stages.json``.
 
     Args:
         name, variant: as planned; two variants may share one stored stage.
+        inputs: keys of its inputs by their names in this plan.
         code: `plan.code_version` of its kind.
     """
     manifest = stored.manifest
@@ -67,7 +76,7 @@ def stage_record(
         "variant": variant,
         "key": stored.key,
         "config": manifest["config"],
-        "inputs": manifest["inputs"],
+        "inputs": dict(inputs),
         "code": code,
         "seconds": manifest["seconds"],
         "peak_rss_bytes": manifest["peak_rss_bytes"],
@@ -79,14 +88,7 @@ def stage_record(
 
 def recorded_key(stage: Mapping[str, Any]) -> str:
     """The content key that follows from a stage's entry (see `plan.Stage.key_given`)."""
-    return content_key(
-        {
-            "kind": stage["kind"],
-            "config": stage["config"],
-            "in": stage["inputs"],
-            "code": stage["code"],
-        }
-    )
+    return stage_key(stage["kind"], stage["config"], stage["inputs"], stage["code"])
 
 
 def export_directory(stage: Mapping[str, Any]) -> PurePosixPath:
@@ -143,6 +145,7 @@ def lay_out(
     facts: Mapping[str, Any],
     environment: Mapping[str, Any],
     stages: Sequence[tuple[dict[str, Any], Path]],
+    search: Mapping[str, str],
 ) -> None:
     """Write the record of a run and link the files that its figures rest on.
 
@@ -151,6 +154,7 @@ def lay_out(
         facts: content of ``run.json`` without the recipe.
         environment: what `doctor.environment` found.
         stages: (`stage_record`, directory in the store) in the plan's order.
+        search: text of `OPTIMISE` and `OPTIMISED`; none where nothing was searched.
     """
     records = [record for record, _ in stages]
     in_short = [{key: record[key] for key in _IN_SHORT} for record in records]
@@ -159,6 +163,11 @@ def lay_out(
     write_atomic(run_dir / ENVIRONMENT, _json(environment))
     write_atomic(run_dir / PLAN, _json(in_short))
     write_atomic(run_dir / STAGES, _json(records))
+    for name in (OPTIMISE, OPTIMISED):
+        if name in search:
+            write_atomic(run_dir / name, search[name])
+        else:
+            (run_dir / name).unlink(missing_ok=True)  # of a search that came to the same stages
     for record, directory in stages:
         for entry, place in kept_files(record):
             place_file(directory / entry["path"], run_dir / place)
@@ -253,6 +262,7 @@ def run_report(
         ),
         measured=ledger,
         samples=_samples(run_dir, ledger) if ledger else None,
+        optimise=read_json(run_dir, OPTIMISE) if (run_dir / OPTIMISE).exists() else None,
         stages=read_json(run_dir, PLAN),
         notes=[*load["notes"], *_export_notes(stages)],
         record={name: file_sha256(run_dir / name) for name in RECORD if (run_dir / name).exists()},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +21,7 @@ from compressor.errors import CompressorError, RunError
 from compressor.plan import BASELINE, Plan, Stage, code_version
 from compressor.progress import Progress
 from compressor.stages import FUNCTIONS, Context
-from compressor.store import StoredStage, content_key, write_atomic
+from compressor.store import Store, StoredStage, content_key, write_atomic
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,23 @@ class _Outcome:
     cached: set[str]
     failed: dict[str, str]
     broken: dict[str, str] = field(default_factory=dict)  # error by key of a stage that failed
+    made: set[str] = field(default_factory=set)  # keys of stages that were made for this run
 
 
-def execute(plan: Plan, progress: Progress) -> RunResult:
+def execute(
+    plan: Plan,
+    progress: Progress,
+    *,
+    search: Mapping[str, str] | None = None,
+    on: str | None = None,
+) -> RunResult:
     """Run every stage that the store lacks and write the run directory.
+
+    Args:
+        plan: what to do.
+        progress: where to report.
+        search: files of a search (`compressor.optimise`) that chose these variants, by name.
+        on: ``ray`` or ``ray=ADDRESS``: make the stages there first; None makes them here.
 
     A stage that serves one variant and fails marks that variant failed; the others go on. A stage
     that serves all and fails ends the run.
@@ -61,6 +75,11 @@ def execute(plan: Plan, progress: Progress) -> RunResult:
     run_dir = _run_directory(plan)
     log = run_dir / "log.jsonl"
     outcome = _Outcome({}, set(), {})
+    if on is not None:
+        from compressor.cluster import parse_address, spread
+
+        found = spread(plan, parse_address(on), progress)
+        outcome = _Outcome({}, set(), {}, found.broken, found.made)
     for stage in plan.stages:
         if stage.variant in outcome.failed:
             continue
@@ -78,7 +97,39 @@ def execute(plan: Plan, progress: Progress) -> RunResult:
             outcome.failed[str(stage.variant)] = outcome.broken[stage.key] = str(error)
             _withdraw(stage, outcome)
             _log(log, "failed", stage, error=str(error))
-    return _finish(plan, outcome, run_dir)
+    return _finish(plan, outcome, run_dir, search or {})
+
+
+def run_stages(
+    plan: Plan, names: Iterable[str], progress: Progress, log: Path
+) -> dict[str, StoredStage]:
+    """Run some of a plan's stages, and what they rest on.
+
+    Args:
+        plan: that has them.
+        names: of the stages that are wanted.
+        progress: where to report.
+        log: file that a line is added to for each stage that begins or ends.
+
+    Returns:
+        every stage that was needed, by name.
+
+    Raises:
+        CompressorError: one of them failed.
+    """
+    by_name = {stage.name: stage for stage in plan.stages}
+    wanted: set[str] = set()
+    left = list(names)
+    while left:
+        name = left.pop()
+        if name not in wanted:
+            wanted.add(name)
+            left += by_name[name].inputs
+    outcome = _Outcome({}, set(), {})
+    for stage in plan.stages:
+        if stage.name in wanted:
+            _run_stage(plan, stage, outcome, progress, log)
+    return outcome.done
 
 
 def _withdraw(stage: Stage, outcome: _Outcome) -> None:
@@ -97,21 +148,38 @@ def _run_stage(plan: Plan, stage: Stage, outcome: _Outcome, progress: Progress, 
     key = stage.key_given({name: stored.key for name, stored in inputs.items()})
     stored = plan.store.get(key)
     if stored is None:
-        with plan.store.working(key) as directory:
-            stored = plan.store.get(key)  # another process may have made it while we waited
-            if stored is None:
-                _log(log, "start", stage, key=key)
-                stored = _make(plan, stage, key, inputs, directory, progress)
-                seconds = stored.manifest["seconds"]
-                _log(log, "done", stage, key=key, seconds=seconds)
+        _log(log, "start", stage, key=key)
+        stored = make(plan.store, stage, key, inputs, progress)
+        _log(log, "done", stage, key=key, seconds=stored.manifest["seconds"])
     else:
-        outcome.cached.add(stage.name)
+        if key not in outcome.made:
+            outcome.cached.add(stage.name)
         _log(log, "cached", stage, key=key)
     outcome.done[stage.name] = stored
 
 
+def make(
+    store: Store, stage: Stage, key: str, inputs: dict[str, StoredStage], progress: Progress
+) -> StoredStage:
+    """Make one stage, or wait for the process that is making it.
+
+    Args:
+        store: that it goes into.
+        stage: as planned.
+        key: its content key.
+        inputs: finished stages by name.
+        progress: where to report.
+
+    Raises:
+        CompressorError: it failed.
+    """
+    with store.working(key) as directory:
+        stored = store.get(key)  # another process may have made it while we waited
+        return stored or _make(store, stage, key, inputs, directory, progress)
+
+
 def _make(
-    plan: Plan,
+    store: Store,
     stage: Stage,
     key: str,
     inputs: dict[str, StoredStage],
@@ -130,9 +198,9 @@ def _make(
             fix="free some space or mend the path, and run again: finished stages are kept",
         ) from error
     except CompressorError:
-        plan.store.discard_partial(key)
+        store.discard_partial(key)
         raise
-    return plan.store.publish(
+    return store.publish(
         key,
         directory,
         {
@@ -148,7 +216,7 @@ def _make(
     )
 
 
-def _finish(plan: Plan, outcome: _Outcome, run_dir: Path) -> RunResult:
+def _finish(plan: Plan, outcome: _Outcome, run_dir: Path, search: Mapping[str, str]) -> RunResult:
     from compressor.doctor import environment
     from compressor.publish.complete import complete_artifacts
     from compressor.quality import write_gate
@@ -173,6 +241,11 @@ def _finish(plan: Plan, outcome: _Outcome, run_dir: Path) -> RunResult:
                     stage.name,
                     stage.variant,
                     stored,
+                    inputs={
+                        name: outcome.done[name].key
+                        for name in stage.inputs
+                        if name in outcome.done
+                    },
                     code=code_version(stage.kind),
                     cached=stage.name in outcome.cached,
                 ),
@@ -181,6 +254,7 @@ def _finish(plan: Plan, outcome: _Outcome, run_dir: Path) -> RunResult:
             for stage in plan.stages
             if (stored := outcome.done.get(stage.name))
         ],
+        search=search,
     )
     report = run_report(run_dir)
     complete_artifacts(run_dir, report)

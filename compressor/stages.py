@@ -181,8 +181,10 @@ def texts(context: Context) -> dict[str, Any]:
             tokenizer=tokenizer,
         )
         windows, n_bytes = evaluation_windows(
-            loaded, tokenizer, context.config["length"], text["max_tokens"]
+            loaded, tokenizer, context.config["length"], text["skip"] + text["max_tokens"]
         )
+        if skipped := text["skip"] // context.config["length"]:
+            windows, n_bytes = _behind(windows, skipped, tokenizer, text)
         np.save(context.directory / f"{text['name']}.npy", windows)
         found.append(
             {
@@ -208,6 +210,19 @@ def texts(context: Context) -> dict[str, Any]:
         "long": long,
         "prompts": prompts,
     }
+
+
+def _behind(windows: Any, skipped: int, tokenizer: Any, text: dict[str, Any]) -> tuple[Any, int]:
+    """The windows after the first ones, and the bytes that they predict."""
+    kept = windows[skipped:]
+    if not len(kept):
+        raise RecipeError(
+            f"the text {text['name']} has no window of tokens after the first {text['skip']}",
+            where=text["source"],
+            fix="leave out fewer, or give a longer text",
+        )
+    predicted = tokenizer.batch_decode(kept[:, 1:].tolist(), clean_up_tokenization_spaces=False)
+    return kept, sum(len(part.encode("utf-8", "replace")) for part in predicted)
 
 
 def _context_length(directory: Path) -> int | None:
@@ -473,7 +488,10 @@ def export(context: Context) -> dict[str, Any]:
         "format": context.config["format"],
         "source": load.result["source"],
         "revision": load.result["revision"],
-        "stages": {stored.manifest["name"]: stored.key for stored in context.inputs.values()},
+        "stages": {
+            "rotate" if stored.manifest["kind"] == "rotate" else name: stored.key
+            for name, stored in context.inputs.items()
+        },
     }
     target = context.directory / "artifact"
     if "method" in context.config:

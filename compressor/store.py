@@ -43,6 +43,31 @@ def content_key(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
+def stage_key(kind: str, config: Mapping[str, Any], inputs: Mapping[str, str], code: str) -> str:
+    """Content key of a stage.
+
+    Args:
+        kind: of the stage.
+        config: its settings, plain values.
+        inputs: keys of its inputs by their names. What a variant is called stays out of the key,
+            so that equal work of two recipes is done once; the measurement alone is told whose
+            artifact is whose.
+        code: `plan.code_version` of the kind.
+    """
+    named = dict(inputs)
+    if kind != "measure":
+        short = {_role(name): key for name, key in inputs.items()}
+        named = short if len(short) == len(named) else named
+    return content_key({"kind": kind, "config": config, "in": named, "code": code})
+
+
+def _role(name: str) -> str:
+    """``quantize`` of ``quantize:int4``, ``export:gguf`` of ``export:int4:gguf``; the baseline's
+    stages keep their names."""
+    kind, *rest = name.split(":")
+    return name if rest[:1] == ["baseline"] else ":".join([kind, *rest[1:]])
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes, read in 4 MiB pieces."""
     digest = hashlib.sha256()

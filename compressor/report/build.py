@@ -67,6 +67,7 @@ def build_report(
     stages: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
     record: Mapping[str, str] | None = None,
+    optimise: Mapping[str, Any] | None = None,
     baseline: str = "baseline",
     title: str | None = None,
     quality_limit: float = QUALITY_LIMIT,
@@ -80,6 +81,7 @@ def build_report(
         samples: raw samples by variant, for what the page computes itself.
         created: ISO 8601 time.
         record: SHA-256 by name of the files that all this was read from.
+        optimise: content of ``optimise.json`` where a search chose the variants.
         quality_limit: perplexity growth that the verdict accepts as equal quality.
 
     Raises RunError naming each key at fault.
@@ -128,6 +130,7 @@ def build_report(
         "stages": [dict(stage) for stage in stages],
         "notes": all_notes,
         "record": dict(record or {}),
+        "optimise": dict(optimise) if optimise else None,
     }
     report = validate_report(report)
     _fill_break_even(report)

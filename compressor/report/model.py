@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from compressor.optimise.record import SearchRecord
+
 SCHEMA_VERSION: Literal[1] = 1
 
 
@@ -727,6 +729,7 @@ class ReportModel(Strict):
     economics: dict[str, Any] = {}
     techniques: list[Techniques] = []
     estimates: Estimates | None = None
+    optimise: SearchRecord | None = None
     stages: list[Stage]
     notes: list[str]
     record: dict[str, str] = {}

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from compressor.report import economics, estimate, figures, speculation, techniques
+from compressor.report import economics, estimate, figures, optimise, speculation, techniques
 from compressor.report import quality as retained
 from compressor.report.coverage import block_share, named
 from compressor.report.table import Table
@@ -622,6 +622,7 @@ def provenance(report: Mapping[str, Any]) -> list[Table]:
 def body(report: Mapping[str, Any]) -> list[Table]:
     """The detail tables in reading order, empty ones left out."""
     tables = [
+        *optimise.tables(report),
         quality(report),
         *retained.tables(report),
         performance(report),

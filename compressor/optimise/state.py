@@ -1,0 +1,165 @@
+"""What the trials of a search have shown so far, and what follows for candidates not yet tried."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from compressor.optimise.options import Optimise
+from compressor.optimise.proxies import Estimate
+from compressor.optimise.record import TrialRecord
+from compressor.optimise.space import Candidate
+
+OBJECTIVE_SLACK = 1.3  # an estimate that no measurement of the same form has corrected
+SAME_FORM_SLACK = 1.1
+SIZE_SLACK = 1.05  # headers and paddings
+LOSS_SLACK = 2.0
+_ENOUGH = 3  # trials from which predicted losses are believed
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """A candidate with what the proxies say of it."""
+
+    candidate: Candidate
+    estimate: Estimate
+    loss: float
+
+
+@dataclass
+class State:
+    """Everything that decisions rest on: the trials alone, so that it can be made again.
+
+    Attributes:
+        options: of the search.
+        baseline: the roofline's objective for the untouched model.
+        trials: so far, in their order.
+    """
+
+    options: Optimise
+    baseline: float
+    trials: list[tuple[Pooled, TrialRecord]] = field(default_factory=list)
+    tried: set[str] = field(default_factory=set)
+    measured: dict[str, TrialRecord] = field(default_factory=dict)  # by class of speed
+
+    def add(self, pooled: Pooled, record: TrialRecord) -> None:
+        """Take in a trial."""
+        self.trials.append((pooled, record))
+        self.tried.add(pooled.candidate.identity)
+        if record.reached == "measured":
+            self.measured.setdefault(pooled.candidate.speed_class, record)
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The trial with the least objective of those that keep the limits."""
+        found = [record for _, record in self.trials if keeps(record)]
+        return min(found, key=lambda r: (r.objective, r.violation), default=None)
+
+    @property
+    def scale(self) -> float:
+        """Measured / estimated objective of the baseline; 1 before anything was measured."""
+        ratios = [
+            record.baseline_objective / self.baseline
+            for record in self.measured.values()
+            if record.baseline_objective and self.baseline
+        ]
+        return statistics.median(ratios) if ratios else 1.0
+
+    def objective(self, pooled: Pooled) -> tuple[float, float]:
+        """(objective as expected, the least that it may turn out to be)."""
+        known = self.measured.get(pooled.candidate.speed_class)
+        if known is not None and known.objective is not None:
+            return known.objective, known.objective
+        form = pooled.candidate.form
+        same = [
+            record.objective / other.estimate.objective
+            for other, record in self.trials
+            if record.reached == "measured"
+            and other.candidate.form == form
+            and record.objective is not None
+            and other.estimate.objective
+        ]
+        scale = statistics.median(same) if same else self.scale
+        expected = pooled.estimate.objective * scale
+        return expected, expected / (SAME_FORM_SLACK if same else self._slack)
+
+    @property
+    def _slack(self) -> float:
+        """How much better than estimated a candidate may be: as much as any was, and some more."""
+        gains = [
+            other.estimate.objective * self.scale / record.objective
+            for other, record in self.trials
+            if record.reached == "measured" and record.objective and record.shared is None
+        ]
+        if self.options.minimise == "size":
+            return SIZE_SLACK
+        return max(OBJECTIVE_SLACK, SAME_FORM_SLACK * max(gains, default=1.0))
+
+    def _ratios(self, pooled: Iterable[tuple[Pooled, TrialRecord]]) -> list[float]:
+        """Seen / predicted losses [nats per token]."""
+        found = []
+        for other, record in pooled:
+            seen = record.loss if record.loss is not None else record.few_loss
+            if seen is not None and other.loss > 0:
+                found.append(max(math.log1p(max(seen, -0.9)), 1e-5) / other.loss)
+        return found
+
+    def loss(self, pooled: Pooled) -> float:
+        """Growth of the perplexity as expected from the prediction, and from what candidates like
+        it showed: with its algorithms and scheme, else its scheme, else any."""
+        own = pooled.candidate
+        same = [
+            (other, record) for other, record in self.trials if other.candidate.scheme == own.scheme
+        ]
+        alike = [
+            (other, record) for other, record in same if other.candidate.algorithm == own.algorithm
+        ]
+        for group in (alike, same, self.trials):
+            if ratios := self._ratios(group):
+                return math.expm1(min(pooled.loss * statistics.median(ratios), 50.0))
+        return math.expm1(min(pooled.loss, 50.0))
+
+    def hopeless(self, pooled: Pooled) -> str:
+        """Why a candidate cannot win, by the proxies; empty where it may."""
+        limits = self.options.subject_to
+        if pooled.estimate.fails:
+            return "the engine does not load it"
+        if limits.memory_gb is not None and pooled.estimate.memory_bytes > limits.memory_gb * 1e9:
+            return "memory"
+        if (
+            limits.size_gb is not None
+            and pooled.estimate.weight_bytes / OBJECTIVE_SLACK > limits.size_gb * 1e9
+        ):
+            return "size"
+        best = self.best
+        if best is not None and best.objective is not None:
+            least = self.objective(pooled)[1]
+            same = self.measured.get(pooled.candidate.speed_class)
+            if least > best.objective or (same is not None and least >= best.objective):
+                return f"{self.options.minimise} above that of {best.name}"
+        limit = limits.limits.get("perplexity")
+        ratios = self._ratios(self.trials)
+        if limit is not None and len(ratios) >= _ENOUGH:
+            least_loss = pooled.loss * min(ratios) / LOSS_SLACK
+            if least_loss > math.log1p(limit):
+                return "predicted loss"
+        return ""
+
+    def promising(self, pool: Iterable[Pooled]) -> Pooled:
+        """The next to try: the best objective among those expected to keep the limits; where none
+        is, the least expected loss."""
+        limit = self.options.subject_to.limits.get("perplexity", 0.01)
+
+        def order(one: Pooled) -> tuple[bool, float, float, str]:
+            loss, objective = self.loss(one), self.objective(one)[0]
+            fits = loss <= limit
+            return (not fits, objective if fits else loss, loss, one.candidate.name)
+
+        return min(pool, key=order)
+
+
+def keeps(record: TrialRecord) -> bool:
+    """Whether a trial was measured and keeps every limit."""
+    return record.reached == "measured" and not record.why and record.objective is not None

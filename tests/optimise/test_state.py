@@ -1,0 +1,132 @@
+"""What trials say of candidates that were not tried."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compressor.optimise.job import frontier
+from compressor.optimise.proxies import Estimate
+from compressor.optimise.record import TrialRecord
+from compressor.optimise.space import Candidate
+from compressor.optimise.state import LOSS_SLACK, OBJECTIVE_SLACK, Pooled, State
+from tests.optimise.test_space import recipe, space
+
+LISTS: dict[str, Any] = {
+    "algorithms": [["rtn"], [{"rtn": {"observer": "mse"}}]],
+    "schemes": ["W8A16", "W4A16", "W3A16"],
+}
+# What the roofline says of each scheme, and the predicted loss [nats per token].
+PROXIES = {"W8A16": (200.0, 1e-4), "W4A16": (100.0, 2e-2), "W3A16": (80.0, 1e-1)}
+
+
+def pooled(candidate: Candidate, **changes: Any) -> Pooled:
+    objective, loss = PROXIES[candidate.scheme]
+    facts = {"objective": objective, "memory_bytes": 1e9, "weight_bytes": 1e9} | changes
+    return Pooled(candidate, Estimate(**facts), loss)
+
+
+def trial(one: Pooled, loss: float, objective: float | None = None, why: str = "") -> TrialRecord:
+    return TrialRecord(
+        name=one.candidate.name,
+        origin="proxies",
+        choice=one.candidate.choice,
+        variant=one.candidate.variant,
+        reached="full" if objective is None else "measured",
+        why=why,
+        loss=loss,
+        violation=loss / 0.01 - 1,
+        objective=objective,
+        baseline_objective=None if objective is None else 300.0,
+    )
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> State:
+    return State(recipe(tmp_path, optimise__space=LISTS, optimise__minimise="size").optimise, 250.0)
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> dict[tuple[str, bool], Pooled]:
+    found = space(tmp_path, **LISTS).pool
+    return {(c.scheme, "mse" in str(c.variant)): pooled(c) for c in found}
+
+
+def test_the_first_is_the_best_of_those_expected_to_keep_the_limit(
+    state: State, pool: dict[tuple[str, bool], Pooled]
+) -> None:
+    assert state.promising(pool.values()).candidate.scheme == "W8A16"
+    del pool["W8A16", False], pool["W8A16", True]
+    assert state.promising(pool.values()).candidate.scheme == "W4A16"  # the least loss
+
+
+def test_estimates_are_corrected_by_the_baseline_then_by_the_form(
+    state: State, pool: dict[tuple[str, bool], Pooled]
+) -> None:
+    assert state.objective(pool["W4A16", False])[0] == 100.0
+    first = pool["W8A16", False]
+    state.add(first, trial(first, 0.001, 270.0))
+    assert state.objective(pool["W4A16", False])[0] == pytest.approx(100 * 300 / 250)
+    # The same codes' form: the measurement itself.
+    assert state.objective(pool["W8A16", True]) == (270.0, 270.0)
+
+
+def test_what_cannot_come_below_the_best_is_left_out(
+    state: State, pool: dict[tuple[str, bool], Pooled]
+) -> None:
+    assert all(state.hopeless(one) == "" for one in pool.values())
+    first = pool["W4A16", False]
+    state.add(first, trial(first, 0.001, 110.0))
+    assert "above" in state.hopeless(pool["W8A16", False])
+    assert "above" in state.hopeless(pool["W4A16", True])  # it computes the same
+    assert state.hopeless(pool["W3A16", False]) == ""
+
+
+def test_a_candidate_that_missed_a_limit_excludes_nothing_by_its_objective(
+    state: State, pool: dict[tuple[str, bool], Pooled]
+) -> None:
+    first = pool["W3A16", False]
+    state.add(first, trial(first, 0.3, 10.0, why="limits missed"))
+    assert state.best is None
+    assert state.hopeless(pool["W8A16", False]) == ""
+
+
+def test_losses_are_believed_after_three_trials(
+    state: State, pool: dict[tuple[str, bool], Pooled]
+) -> None:
+    hard = pool["W3A16", True]
+    for number, key in enumerate([("W8A16", False), ("W8A16", True), ("W4A16", False)]):
+        assert state.hopeless(hard) == "", number
+        one = pool[key]
+        # Seen is what was predicted: a factor of 1.
+        state.add(one, trial(one, math.expm1(one.loss), why="limits missed"))
+    assert hard.loss / LOSS_SLACK > math.log1p(0.01)
+    assert state.hopeless(hard) == "predicted loss"
+    assert state.loss(hard) == pytest.approx(math.expm1(0.1))
+
+
+def test_limits_of_memory_and_engines_that_do_not_load(tmp_path: Path) -> None:
+    made = recipe(
+        tmp_path,
+        optimise__space=LISTS,
+        optimise__subject_to={"max_loss": 0.01, "memory_gb": 2, "size_gb": 1.5},
+    )
+    state = State(made.optimise, 250.0)
+    one = space(tmp_path, **LISTS).pool[0]
+    assert state.hopeless(pooled(one)) == ""
+    assert state.hopeless(pooled(one, memory_bytes=2.1e9)) == "memory"
+    assert state.hopeless(pooled(one, weight_bytes=1.5e9 * OBJECTIVE_SLACK * 1.01)) == "size"
+    assert "load" in state.hopeless(pooled(one, fails="no kernel"))
+
+
+def test_the_frontier_has_what_none_beats_in_both(pool: dict[tuple[str, bool], Pooled]) -> None:
+    ones = list(pool.values())
+    figures = [(100.0, 0.02), (120.0, 0.01), (130.0, 0.015), (90.0, 0.5), (140.0, 0.001)]
+    records = [
+        trial(one, loss, objective) for one, (objective, loss) in zip(ones, figures, strict=False)
+    ]
+    names = [record.name for record in records]
+    assert frontier(records) == [names[3], names[0], names[1], names[4]]
