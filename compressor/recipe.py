@@ -1156,7 +1156,9 @@ class Recipe(_Section):
     @classmethod
     def variant_type(cls) -> type[Variant]:
         """The type of this recipe's variants."""
-        return next(t for t in _models(cls.model_fields["variants"].annotation))
+        made = next(t for t in _models(cls.model_fields["variants"].annotation))
+        assert issubclass(made, Variant)
+        return made
 
     def _check_tasks(self) -> None:
         """Every variant computes in the dtype that is asked for, and a server that is asked gives

@@ -75,7 +75,7 @@ class Space(_Options):
         json_schema_extra={"default": [128]},
     )
     ignore: list[list[str]] = Field(
-        default_factory=lambda: [[]],
+        default_factory=lambda: [list[str]()],
         min_length=1,
         description="Linears to leave as they are.",
         json_schema_extra={"default": [[]]},

@@ -152,7 +152,7 @@ class Trials:
     def currency(self) -> str:
         """Of the recipe's prices."""
         given = self.recipe.measure.prices.currency if self.recipe.measure is not None else None
-        return given or PriceScenario.__dataclass_fields__["currency"].default
+        return given or str(PriceScenario.__dataclass_fields__["currency"].default)
 
 
 def objective_of(minimise: str, row: Mapping[str, Any], size_bytes: int) -> float:
