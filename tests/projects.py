@@ -65,10 +65,10 @@ def report(project: Path) -> dict[str, Any]:
     return json.loads((newest / "report" / "report.json").read_text())
 
 
-def completed(project: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+def completed(project: Path, recipe: dict[str, Any], **environment: str) -> dict[str, Any]:
     """The report of a recipe that is run to its end without a failed variant."""
     write(project, recipe)
-    done = compress(project)
+    done = compress(project, **environment)
     assert done.returncode == 0, done.stderr
     made = report(project)
     assert all(v["status"] == "ok" for v in made["variants"])

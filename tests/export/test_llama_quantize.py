@@ -143,15 +143,15 @@ def test_a_recipe_says_type_and_matrix(tmp_path: Path) -> None:
         load_recipe(write(tmp_path, recipe))
 
 
-def test_a_run_evaluates_what_it_made(project: Path, binary: Path, monkeypatch: Any) -> None:
-    monkeypatch.setenv("COMPRESSOR_LLAMA_QUANTIZE", str(binary))
+def test_a_run_evaluates_what_it_made(project: Path, binary: Path) -> None:
     tiny.build("llama", project / "model", hidden_size=256, intermediate_size=512, head_dim=64)
     recipe: dict[str, Any] = copy.deepcopy(RECIPE)
     recipe["variants"] = {
         "q6": {"quantize": [{"llama_cpp": {"type": "Q6_K"}}]},
         "q3": {"quantize": [{"llama_cpp": {"type": "Q3_K_S", "imatrix": False}}]},
     }
-    made = {variant["name"]: variant for variant in completed(project, recipe)["variants"]}
+    report = completed(project, recipe, COMPRESSOR_LLAMA_QUANTIZE=str(binary))
+    made = {variant["name"]: variant for variant in report["variants"]}
     assert made["q6"]["scheme"] == "Q6_K" and made["q6"]["algorithm"] == "llama_cpp"
     kl = {name: made[name]["quality"][0]["kl_mean"] for name in ("q6", "q3")}
     assert 0 < kl["q6"] < kl["q3"]

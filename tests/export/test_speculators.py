@@ -180,7 +180,7 @@ def test_a_draft_is_an_ordinary_directory_with_the_targets_tokenizer(tmp_path: P
     target = tiny.build("llama", tmp_path / "target", layers=3)
     write_draft(target, [0, 2], tmp_path / "work")
     for name in ("a", "b"):
-        draft.export(tmp_path / "work", target, {"made": "so"}, tmp_path / name)
+        draft.export(tmp_path / "work", target, target, {"made": "so"}, tmp_path / name)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")

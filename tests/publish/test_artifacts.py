@@ -88,7 +88,7 @@ def test_card_says_what_was_measured(made: Path) -> None:
     (row,) = variant["quality"]
     by_type = {one.metric_type: one.metric_value for one in card.data.eval_results}
     assert by_type == {key: row[key] for key in ("perplexity", "kl_mean", "top1_agreement")}
-    assert figures.percent(row["perplexity_change"], signed=True) in text
+    assert figures.change(row["perplexity_change"], row["perplexity_ci"]) in text
     for words in ("vllm serve MODEL", "sha256sum -c", "non-commercial", "gptq:", "is gated"):
         assert words in text, words
     baseline = (made / "artifacts/baseline/gguf/README.md").read_text()

@@ -110,7 +110,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_runs(tmp_path / "runs" / "sample") == found
 
     result = INVOKE(app, ["compare", *map(str, runs)])
-    assert result.exit_code == 0 and "frontier" in result.output
+    assert result.exit_code == 0 and "both the cheapest and the best" in result.output
     assert (tmp_path / "comparison" / "index.html").is_file()
     result = INVOKE(app, ["compare", *map(str, runs[:2]), "-o", "pair"])
     assert result.exit_code == 0 and "compared, 0 worse" in result.output

@@ -46,14 +46,14 @@ def terminal(report: dict[str, Any]) -> str:
 
 def everywhere(report: dict[str, Any]) -> list[str]:
     """The forms that a person reads, without Markdown's escapes."""
-    page = re.sub(r"&#39;", "'", render_html(report))
+    page = re.sub(r"&#39;", "'", render_html(report, {}))
     return [terminal(report), re.sub(r"\\", "", render_markdown(report)), page]
 
 
 def test_a_whole_artifact_warns_of_nothing(inputs: dict[str, Any]) -> None:
     report = with_facts(inputs, tensors=ledger())
     assert coverage.warnings(report) == coverage.fallbacks(report) == []
-    assert "warning" not in terminal(report) and 'class="warnings"' not in render_html(report)
+    assert "warning" not in terminal(report) and 'class="warnings"' not in render_html(report, {})
     assert all(table.title != "Tensors against the source" for table in tables.body(report))
 
 
