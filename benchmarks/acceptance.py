@@ -28,6 +28,7 @@ from lossless import contexts, prompts_of
 from compressor.doctor import cpu_name
 from compressor.measure.engines.vllm import VllmServer
 from compressor.measure.fleet import vllm_interpreter
+from compressor.measure.runner import drafted_since
 from compressor.plan import SPECULATOR_FORMATS
 from compressor.speculate.acceptance import Acceptance
 from compressor.speculate.cached import CachedModel
@@ -63,16 +64,8 @@ def serve(
                 answers = list(pool.map(lambda one: server.complete(one, args.tokens), prompts))
             seconds = time.perf_counter() - started
             after = server.drafted()
-    counts = None
-    if before is not None and after is not None:
-        early, late = (Acceptance.total([one]) for one in (before, after))
-        places = [*early.accepted_by_position] + [0] * len(late.accepted_by_position)
-        counts = Acceptance(
-            late.drafts - early.drafts,
-            late.draft_tokens - early.draft_tokens,
-            late.accepted_tokens - early.accepted_tokens,
-            tuple(x - y for x, y in zip(late.accepted_by_position, places, strict=False)),
-        )
+    found = drafted_since(before, after)
+    counts = None if found is None else Acceptance.total([found])
     return answers, sum(map(len, answers)) / seconds, counts
 
 

@@ -55,7 +55,7 @@ def prompts_of(tokenizer: Any, count: int) -> list[list[int]]:
 def contexts(recipe_path: Path) -> list[Context]:
     """The stages in which the recipe tries its speculators, with what they need from the store."""
     recipe = load_recipe(recipe_path)
-    store = Store(recipe.base_dir / recipe.store)
+    store = Store(recipe.store_dir)
     plan = make_plan(recipe, store)
     keys = {stage.name: stage.key for stage in plan.stages}
     found = []

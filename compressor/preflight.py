@@ -177,9 +177,10 @@ def preflight(plan: Plan, targets: Sequence[Target] | None = None) -> Preflight:
                     )
                 )
     remaining = tuple(plan.remaining)
-    waits = recipe.measure is not None and any(stage.kind == "measure" for stage in remaining)
-    measure = (recipe.measure.engine, recipe.measure.program) if waits and recipe.measure else None
-    return Preflight(tuple(findings), tuple(notes), remaining, free_bytes(), measure)
+    engine = None
+    if recipe.measure is not None and any(stage.kind == "measure" for stage in remaining):
+        engine = (recipe.measure.engine, recipe.measure.program)
+    return Preflight(tuple(findings), tuple(notes), remaining, free_bytes(), engine)
 
 
 def _find_engine(engine: str, program: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,26 @@ _COPIED = (
 )
 
 
-def complete(model_dir: Path, provenance: dict[str, Any], directory: Path) -> None:
+def complete(
+    model_dir: Path,
+    provenance: dict[str, Any],
+    directory: Path,
+    further: Sequence[Path] = (),
+) -> None:
     """Add what every artifact carries beside its weights and config, and the hashes of it all.
 
     Args:
         model_dir: the baseline's checkpoint directory.
         provenance: written as ``compression.json``; must hold no times.
         directory: holds weights and config already.
+        further: files that go along too, in place of the directory's own of those names.
     """
     write_json(directory / PROVENANCE, provenance)
     for pattern in _COPIED:
         for path in sorted(model_dir.glob(pattern)):
             shutil.copyfile(path, directory / path.name)
+    for path in further:
+        shutil.copyfile(path, directory / path.name)
     write_sums(directory)
 
 

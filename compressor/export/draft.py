@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from compressor.export import compressed_tensors
-from compressor.export.artifact import complete, write_sums
+from compressor.export.artifact import complete
 from compressor.export.weights import Quantized
 from compressor.speculate.draft import check_tokenizer
 
@@ -58,8 +57,5 @@ def export(
         compressed_tensors.export(
             draft, codes.quantized, codes.ignore, provenance, directory, codes.replaced
         )
-    complete(origin, provenance, directory)
-    for path in licences:
-        shutil.copyfile(path, directory / path.name)
-    write_sums(directory)
+    complete(origin, provenance, directory, licences)
     check_tokenizer(target, directory)

@@ -179,7 +179,7 @@ def measure(
                         before = _drafted(engine)
                         with EnergyMeter(device=device, declared_watts=prices.watts) as meter:
                             result = _load(engine, workload, settings, point, turn)
-                        drafted = _since(before, _drafted(engine))
+                        drafted = drafted_since(before, _drafted(engine))
                     except FAILURES as error:
                         fleet.fail(name, error)
                     else:
@@ -280,7 +280,9 @@ def _drafted(engine: ServedEngine) -> dict[str, Any] | None:
     return count()
 
 
-def _since(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, Any] | None:
+def drafted_since(
+    before: dict[str, Any] | None, after: dict[str, Any] | None
+) -> dict[str, Any] | None:
     """The counts of a load: a server that speculates has counters from its start on."""
     if before is None or after is None:
         return after

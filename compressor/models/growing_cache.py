@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-_LEAST = 64  # slots that are added at once
+_STEP = 256  # slots that are added at once, at least
 
 
 class _GrowingLayer(DynamicLayer):
@@ -33,13 +33,7 @@ class _GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = start + key_states.shape[2]
-        held = self._buffers[0].shape[2]
-        if end > held:
-            more = max(end - held, held // 2, _LEAST)
-            self._buffers = [
-                torch.cat([x, x.new_empty(*x.shape[:2], more, x.shape[3])], 2)
-                for x in self._buffers
-            ]
+        self._buffers = [enlarged(x, end) for x in self._buffers]
         for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = new
         self.keys, self.values = (x[:, :, :end] for x in self._buffers)
@@ -64,3 +58,14 @@ def growing_cache(config: Any) -> DynamicCache:
         _GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]
     return cache
+
+
+def enlarged(buffer: torch.Tensor, slots: int) -> torch.Tensor:
+    """Keys or values [rows, heads, held, width] with room for at least so many slots, zeros behind
+    those that are there; the same tensor where it has the room."""
+    held = buffer.shape[2]
+    if slots <= held:
+        return buffer
+    room = max(-(-slots // _STEP) * _STEP, held + held // 2)
+    more = buffer.new_zeros(*buffer.shape[:2], room - held, buffer.shape[3])
+    return torch.cat([buffer, more], 2)

@@ -51,6 +51,12 @@ def loss_bound(variant: Mapping[str, Any]) -> float | None:
     return max(bounds) if bounds else None
 
 
+def _surely_lost(variant: Mapping[str, Any]) -> float:
+    """Perplexity growth that one of the texts shows for certain (interval's lower end)."""
+    ends = [row["perplexity_ci"][0] for row in variant["quality"] if row["perplexity_ci"]]
+    return max(ends, default=-math.inf)
+
+
 def keeps_quality(variant: Mapping[str, Any], limit: float) -> bool:
     """Whether perplexity surely stays within a limit, no axis has a significant loss beyond it, and
     the gate, where there is one, was passed."""
@@ -168,11 +174,12 @@ def make_verdict(report: Mapping[str, Any], limit: float = QUALITY_LIMIT) -> dic
     elif cheaper:
         best = min(cheaper, key=lambda v: (loss(v), -gain(v)))
         outcome = "trade-off"
-        reason = (
-            "the loss is not certain to stay within"
-            if loss_bound(best) is not None
-            else "quality was not measured, against"
-        )
+        if loss_bound(best) is None:
+            reason = "quality was not measured, against"
+        elif _surely_lost(best) > limit:
+            reason = "the loss is certainly above"
+        else:
+            reason = "the loss is not certain to stay within"
         sentence = f"{_claim(best, concurrency)}; {reason} the limit of {percent}."
     else:
         outcome = "no-gain"

@@ -20,11 +20,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from compressor.errors import RunError
+from compressor.models.growing_cache import enlarged
 from compressor.models.head import last_hidden, split
 from compressor.speculate.candidates import tree_depths, tree_mask
 from compressor.speculate.proposer import States
 
-_GROW = 256  # slots that are added at once
 _PADDING = 0  # any token will do: no other sees it
 # Largest relative error of the states that a pass over a tree may make, by the bits of the dtype.
 _ERROR = {32: 0.01, 16: 0.05}
@@ -73,13 +73,7 @@ class _Layer(DynamicLayer):
 
     def _reserve(self, slots: int) -> None:
         assert self.keys is not None and self.values is not None
-        held = self.keys.shape[2]
-        if slots > held:
-            more = max(-(-slots // _GROW) * _GROW, held + held // 2) - held
-            self.keys, self.values = (
-                torch.cat([x, x.new_zeros(x.shape[0], x.shape[1], more, x.shape[3])], 2)
-                for x in (self.keys, self.values)
-            )
+        self.keys, self.values = (enlarged(x, slots) for x in (self.keys, self.values))
 
 
 class _Place:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compressor.measure.engines.vllm import drafted
-from compressor.measure.runner import _since
+from compressor.measure.runner import drafted_since
 
 # As vLLM 0.32 serves them, of two engines.
 METRICS = """\
@@ -39,10 +39,10 @@ def test_counters_of_drafts_are_read() -> None:
 
 def test_counts_of_a_load_are_the_difference() -> None:
     before, after = drafted(METRICS), drafted(METRICS.replace(" 40.0", " 45.0"))
-    found = _since(before, after)
+    found = drafted_since(before, after)
     assert found is not None
     assert found["drafts"] == 5
     assert found["accepted_by_position"] == [0, 0, 0]
     first = {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0, "accepted_by_position": []}
-    assert _since(first, after) == after
-    assert _since(None, None) is None
+    assert drafted_since(first, after) == after
+    assert drafted_since(None, None) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import DynamicCache
 
@@ -13,7 +14,10 @@ from tests import tiny
 
 
 @torch.inference_mode()
-def test_logits_are_those_of_the_library_cache_while_rows_leave(tmp_path: Path) -> None:
+def test_logits_are_those_of_the_library_cache_while_rows_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressor.models.growing_cache._STEP", 16)
     directory = tiny.build("llama", tmp_path)
     model = CausalLM.open(directory).load_full(torch.float32)
     generator = torch.Generator().manual_seed(0)

@@ -93,7 +93,7 @@ def test_dearer_variant_is_said_to_be_dearer() -> None:
 def test_gain_that_loses_quality_is_a_trade_off() -> None:
     found = verdict(candidate("a", (2.0, 1.9, 2.1), 0.06, (0.05, 0.07)))
     assert found["outcome"] == "trade-off" and found["best_variant"] is None
-    assert "+6.0%" in found["sentence"] and "limit of 1%" in found["sentence"]
+    assert "+6.0%" in found["sentence"] and "certainly above the limit of 1%" in found["sentence"]
 
 
 def test_upper_end_of_the_loss_counts() -> None:
