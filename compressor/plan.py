@@ -28,7 +28,7 @@ from compressor.store import Store, content_key, file_sha256, stage_key
 if TYPE_CHECKING:
     from compressor.export.options import Import
     from compressor.models.source import ResolvedSource
-    from compressor.recipe import Recipe, Variant
+    from compressor.recipe import Recipe, Speculate, Variant
 
 BASELINE = "baseline"
 # What each method's speculator is exported as.
@@ -52,6 +52,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "draft": ("models", "speculate"),
     "quantize-draft": ("numerics", "models", "quantize"),
     "speculate": ("numerics", "models", "speculate"),
+    "joint": ("numerics", "models", "speculate"),
     "accept": ("numerics", "models", "data", "speculate"),
     "evaluate": ("numerics", "models", "evaluate", "measure/engines/transformers.py"),
     "tasks": ("numerics", "models", "evaluate"),
@@ -284,15 +285,17 @@ class _Builder:
         if recipe.evaluate is not None:
             texts, baseline_scores = self._baseline_scores(model)
             self._tasks(BASELINE, [model])
-        quantized, sources = {}, {}
+        quantized, sources, learned = {}, {}, {}
         first: dict[str, str] = {}  # variant by what it does to the model
         shared: dict[str, str] = {}  # by variant: whose stages its own are equal to
         for name, variant in recipe.variants.items():
             if name not in wanted:
                 continue
             alone = variant.model_dump(mode="json", exclude={"base", "serve", "speculate"})
+            if variant.joint is not None and variant.speculate is not None:
+                alone["medusa"] = variant.speculate.options.model_dump(mode="json")
             same = json.dumps(alone, sort_keys=True)
-            changed = variant.quantize or variant.imported
+            changed = variant.quantize or variant.imported or variant.joint
             owner = BASELINE if not changed else first.setdefault(same, name)
             shared[name] = owner
             if owner == BASELINE:
@@ -307,6 +310,15 @@ class _Builder:
                     if fmt in PACKED and not packed:
                         continue  # GGUF's block types are no grid of theirs
                     exports.append(self._export(name, fmt, [model, quantized[owner]], owner=owner))
+                continue
+            if variant.joint is not None:
+                sources[name] = [model]
+                quantized[name], learned[name] = self._train_jointly(name, model)
+                exports += [
+                    self._export(name, fmt, [model, quantized[owner]], owner=owner)
+                    for fmt in recipe.export
+                    if fmt not in PACKED  # nothing is quantized
+                ]
                 continue
             steps = [step.dump() for step in variant.quantize]
             precision = variant.precision
@@ -384,7 +396,9 @@ class _Builder:
         for name, owner in shared.items():
             own = [*sources.get(name, [model]), *([quantized[owner]] if owner != BASELINE else [])]
             if recipe.variants[name].speculate is not None:
-                speculators += self._speculate(name, sources.get(name, [model]), own)
+                speculators += self._speculate(
+                    name, sources.get(name, [model]), own, learned.get(owner, [])
+                )
         if recipe.measure is not None:
             gguf = recipe.measure.engine == "llama.cpp"
             exports = [
@@ -490,7 +504,34 @@ class _Builder:
         }
         return {"speculate": found} if found else {}
 
-    def _speculate(self, name: str, baseline: list[str], own: list[str]) -> list[str]:
+    def _train_jointly(self, name: str, model: str) -> tuple[str, list[str]]:
+        """Heads on the baseline as it is, then both together.
+
+        Returns:
+            The stage of the target that comes of it, and what it was trained on.
+        """
+        variant = self.recipe.variants[name]
+        assert variant.speculate is not None and variant.joint is not None
+        settings, _ = self._speculation()
+        learned = self._train(name, settings, [model], [], self.facts)
+        config = variant.speculate.options.model_dump(mode="json")
+        estimate = self.speed.joint(settings, variant.joint.epochs)
+        stage = self.add(
+            f"joint:{name}", "joint", {"options": config}, [model, *learned], estimate, variant=name
+        )
+        return stage, learned
+
+    def _speculation(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The recipe's ``speculation`` section: what is trained on, and what is tried."""
+        from compressor.recipe import Speculation
+
+        settings = (self.recipe.speculation or Speculation.model_validate({})).model_dump()
+        tried = {key: settings.pop(key) for key in ("test_prompts", "test_samples", "sweep")}
+        return settings, tried
+
+    def _speculate(
+        self, name: str, baseline: list[str], own: list[str], learned: Sequence[str] = ()
+    ) -> list[str]:
         """Train a variant's speculator, try it, and export it.
 
         Args:
@@ -498,22 +539,17 @@ class _Builder:
             baseline: inputs that the variant is made of, but for its quantization: a rotated model
                 has other hidden states.
             own: all inputs that the variant is made of.
+            learned: what heads were trained on that are there already (Medusa-2).
 
         Returns:
             the export; none of prompt lookup.
         """
-        from compressor.recipe import Speculation
-
         speculate = self.recipe.variants[name].speculate
         assert speculate is not None
-        settings = (self.recipe.speculation or Speculation.model_validate({})).model_dump()
-        tried = {key: settings.pop(key) for key in ("test_prompts", "test_samples", "sweep")}
+        settings, tried = self._speculation()
         local = {"base_dir": self.recipe.base_dir}
-        config = {
-            "method": speculate.method,
-            "options": speculate.options.model_dump(mode="json", exclude={"quantize"}),
-        }
-        learned: list[str] = []
+        config = _method(speculate)
+        learned, trained = list(learned), bool(learned)
         exports: list[str] = []
         facts = self.facts
         if (draft := speculate.draft) is not None:
@@ -521,9 +557,9 @@ class _Builder:
             if draft.model is not None:
                 given, facts = self._given_draft(name, draft.model, draft.revision, baseline)
                 learned.append(given)
-        taught = own if speculate.trained_on == "variant" else baseline
-        if speculate.is_trained:
-            learned += self._train(name, settings, config, taught, learned, facts)
+        taught = own if speculate.trained_on == "variant" or trained else baseline
+        if speculate.is_trained and not trained:
+            learned += self._train(name, settings, taught, learned, facts)
         if speculate.draft_steps:
             learned.append(self._quantize_draft(name, learned, facts))
         if speculate.method in SPECULATOR_FORMATS:
@@ -575,7 +611,6 @@ class _Builder:
         self,
         name: str,
         settings: dict[str, Any],
-        config: dict[str, Any],
         taught: list[str],
         start: list[str],
         facts: ModelFacts,
@@ -585,7 +620,6 @@ class _Builder:
         Args:
             name: the variant.
             settings: of the recipe's ``speculation`` section, but for what is tried.
-            config: the method and its options.
             taught: inputs that make the model whose answers they are.
             start: a given draft model.
             facts: of the draft model; the target's for other methods.
@@ -618,7 +652,7 @@ class _Builder:
         trained = self.add(
             f"speculate:{name}",
             "speculate",
-            config,
+            _method(speculate),
             [*taught, *start, corpus, features],
             estimates["speculate"],
             variant=name,
@@ -740,7 +774,8 @@ class _Builder:
         if fmt == "gguf" and gguf is not None and gguf.embeddings != "stored":
             return True
         if variant is None or not variant.quantize:
-            return variant is not None  # what was imported may round activations
+            # What was imported may round activations.
+            return variant is not None and variant.imported is not None
         options = variant.quantizer.options if not variant.library else None
         schemes = (
             variant.precision.schemes if variant.precision else [getattr(options, "scheme", "")]
@@ -1184,6 +1219,15 @@ class _Speed:
             ),
         }
 
+    def joint(self, settings: dict[str, Any], epochs: int) -> Estimate:
+        """What training the target together with its heads takes; see `speculate`."""
+        f = self.facts
+        length = settings["output_length"] + settings["input_length"] // 4
+        work = epochs * 6 * settings["samples"] * length * f.parameters
+        # Weights, their gradients, two moments, the best so far; the output layer as it was.
+        memory = self.BASE_MEMORY + 20 * f.parameters + 8 * f.vocabulary * f.hidden
+        return Estimate(20 + work / self.flops, memory, 4 * f.parameters)
+
     def accept(self, settings: dict[str, Any], tried: dict[str, Any], depth: int) -> Estimate:
         """What trying a speculator takes."""
         f = self.facts
@@ -1217,6 +1261,13 @@ def _product(dtype: str) -> float:
     for _ in range(8):
         a @ b
     return 8 * 2 * a.shape[0] * b.numel() / (time.perf_counter() - started)
+
+
+def _method(speculate: Speculate) -> dict[str, Any]:
+    """A speculator as its stages know it: what is done to the models themselves is of others."""
+    apart = {"quantize", "joint"}
+    options = speculate.options.model_dump(mode="json", exclude=apart)
+    return {"method": speculate.method, "options": options}
 
 
 def _head_options(variant: Variant) -> list[Any]:

@@ -50,6 +50,7 @@ from compressor.speculate.options import (
     TRAINED,
     DraftModelOptions,
     Eagle3Options,
+    JointOptions,
     MedusaOptions,
     NgramOptions,
     depth_of,
@@ -463,6 +464,12 @@ class Variant(_Section):
         return asked and self.serve is None and self.speculate is None
 
     @property
+    def joint(self) -> JointOptions | None:
+        """Medusa-2: how the model itself is trained; None where it is left as it is."""
+        medusa = self.speculate.medusa if self.speculate is not None else None
+        return medusa.joint if medusa is not None else None
+
+    @property
     def quantizer(self) -> Step:
         """The step that turns weights into codes; StopIteration where nothing is quantized."""
         return next(s for s in self.quantize if registry.get(s.algorithm).kind == "weights")
@@ -484,6 +491,16 @@ class Variant(_Section):
         for key in ("ignore", "precision", "kv_cache", "lm_head"):
             if getattr(self, key):
                 raise ValueError(f"`{key}:` needs `quantize:`")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_can_be_trained(self) -> Variant:
+        if self.joint is not None and (self.quantize or self.imported):
+            raise ValueError(
+                "`joint:` (Medusa-2) trains the model's weights, which are quantized here: train "
+                "the heads alone, without it; or train first, and quantize what comes of it by a "
+                "recipe of its own"
+            )
         return self
 
     @model_validator(mode="after")
@@ -1434,7 +1451,7 @@ def recipe_model() -> type[Recipe]:
         algorithms=(list[list[step]], Space.model_fields["algorithms"]),  # type: ignore[valid-type]
         precision=(list[Precision], Space.model_fields["precision"]),
         lm_head=(list[LMHead | None], Space.model_fields["lm_head"]),
-        speculate=(list[Speculate | None], Space.model_fields["speculate"]),
+        speculate=(list[speculate | None], Space.model_fields["speculate"]),  # type: ignore[valid-type]
         serve=(list[Serve | None], Space.model_fields["serve"]),
     )
     optimise = create_model(

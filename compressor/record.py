@@ -41,6 +41,7 @@ from compressor.export.artifact import PROVENANCE, SUMS
 from compressor.store import StoredStage, content_key, file_sha256, stage_key, write_atomic
 
 MANIFEST, EXPORTS = "MANIFEST.sha256", "exports"
+MEDUSA_2 = "medusa-2"  # the algorithm of a model that was trained on with its heads
 LOCK, RUN, ENVIRONMENT, PLAN = "recipe.lock.yaml", "run.json", "environment.json", "plan.json"
 STAGES, LEDGER = "stages.json", "ledger.json"
 OPTIMISE, OPTIMISED = "optimise.json", "optimised.yaml"
@@ -322,6 +323,8 @@ def _variant(
     }
     if quantized:
         entry |= _quantized(quantized, read_layers(run_dir, name))
+    elif f"joint:{name}" in own:
+        entry["algorithm"] = MEDUSA_2
     for stage in own.values():
         if stage["kind"] == "export":
             proof = own.get(stage["name"].replace("export:", "verify:", 1))
@@ -333,7 +336,8 @@ def _variant(
 
 def _speculation(own: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any] | None:
     """What is reported of a variant's speculator: its training, and what it was worth."""
-    tried, trained = own.get(f"accept:{name}"), own.get(f"speculate:{name}")
+    tried = own.get(f"accept:{name}")
+    trained = own.get(f"joint:{name}") or own.get(f"speculate:{name}")  # the last stage of it
     if tried is None:
         return None
     corpus = own.get(f"corpus:{name}")
@@ -350,7 +354,7 @@ def _speculation(own: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, A
         "answer_tokens": corpus["result"]["answer_tokens"] if corpus else None,
         "seconds": {
             kind: own[f"{kind}:{name}"]["seconds"]
-            for kind in ("corpus", "features", "speculate", "quantize-draft")
+            for kind in ("corpus", "features", "speculate", "joint", "quantize-draft")
             if f"{kind}:{name}" in own
         },
         "losses": [step["loss"] for step in trained["result"]["steps"]] if trained else [],

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from compressor.speculate.proposer import Proposer
     from compressor.speculate.tree import Tree
     from compressor.stages import Context
+    from compressor.store import StoredStage
 
 LICENCES = "licence"  # directory of a given draft's licence files
 RAW = "decoded.jsonl"  # what acceptance was counted from
@@ -136,6 +137,31 @@ def speculate(context: Context) -> dict[str, Any]:
     return facts
 
 
+def joint(context: Context) -> dict[str, Any]:
+    """Train the target on together with its Medusa heads: the variant is what it becomes."""
+    import shutil
+
+    from compressor.speculate.corpus import Corpus
+    from compressor.speculate.features import Features
+    from compressor.speculate.options import MedusaOptions
+    from compressor.speculate.pipeline import WORK, load_medusa_heads, train_target
+
+    options = MedusaOptions.model_validate(context.config["options"])
+    with context.progress.task(f"train {context.stage.variant} with its heads", None) as task:
+        facts = train_target(
+            options,
+            target(context),
+            context.model_dir,
+            load_medusa_heads(context.need("speculate").path),
+            Corpus.load(context.need("corpus").path),
+            Features.open(context.need("features").path),
+            context.directory,
+            advance=counting(task),
+        )
+    shutil.rmtree(context.directory / WORK, ignore_errors=True)
+    return {**facts, "dense": True}
+
+
 def draft(context: Context) -> dict[str, Any]:
     """Open a given draft model, and see that it speaks the target's tokens."""
     import shutil
@@ -251,18 +277,30 @@ def accept(context: Context) -> dict[str, Any]:
 def proposers(context: Context, model: Any) -> dict[str, Proposer]:
     """What proposes to this model with an ``accept`` stage's speculator, by shape of candidates
     (chain, tree)."""
+    import torch
+
+    from compressor.models.head import last_hidden
     from compressor.speculate.corpus import Corpus
     from compressor.speculate.features import Features
     from compressor.speculate.options import OPTIONS
     from compressor.speculate.pipeline import make_proposers, measured_tree
 
-    c, trained = context.config, context.find("speculate")
+    c, trained = context.config, _trained(context)
     options: Any = OPTIONS[c["method"]].model_validate(c["options"])
 
     def tree(heads: MedusaHeads) -> Tree:
         corpus = Corpus.load(context.need("corpus").path)
         features = Features.open(context.need("features").path)
-        return measured_tree(heads, corpus, features, c["tree_nodes"])
+        device = next(model.parameters()).device
+
+        def now(row: int) -> torch.Tensor:
+            """States of the target as it became; its features are of before."""
+            ids = torch.from_numpy(corpus.row(row).astype("int64")).to(device)
+            with torch.no_grad():
+                return last_hidden(model, ids.unsqueeze(0))[0]
+
+        states = now if context.find("joint") else features.hidden
+        return measured_tree(heads, corpus, states, c["tree_nodes"])
 
     drafts = _draft_model(context, model) if c["method"] == "draft" else None
     directory = trained.path if trained else context.directory
@@ -279,7 +317,8 @@ def export(context: Context, provenance: dict[str, Any], directory: Path) -> Non
     fmt = context.config["format"]
     if fmt == "draft-model":
         return _export_draft(context, provenance, directory)
-    trained, load = context.need("speculate"), context.need("load")
+    trained, load = _trained(context), context.need("load")
+    assert trained is not None
     trained.verify()
     options: Any = OPTIONS[context.config["method"]].model_validate(context.config["options"])
     if context.config["method"] == "medusa":
@@ -353,7 +392,7 @@ def serving_flags(settings: dict[str, Any], directory: Path | None) -> tuple[str
 
 
 def target(context: Context) -> Any:
-    """The model of the stage, in float32: the quantized one where the variant is."""
+    """The model of the stage, in float32: what the variant has become of the baseline."""
     import torch
 
     from compressor.models.architecture import CausalLM
@@ -366,6 +405,11 @@ def target(context: Context) -> Any:
     else:
         model = CausalLM.open(context.model_dir).load_full(torch.float32, device)
     return model.eval().requires_grad_(False)
+
+
+def _trained(context: Context) -> StoredStage | None:
+    """Heads as they were trained last; None where nothing is trained."""
+    return context.find("joint") or context.find("speculate")
 
 
 def _draft_source(context: Context) -> Path:

@@ -62,8 +62,9 @@ class Context:
 
     @property
     def quantized(self) -> StoredStage | None:
-        """What holds the variant's codes: its own quantization, or another tool's, imported."""
-        return self.find("quantize") or self.find("import")
+        """What the variant has become of the model: codes, its own or another tool's, imported; or
+        (``dense``) a checkpoint, of what was imported or of a target trained with its heads."""
+        return self.find("quantize") or self.find("import") or self.find("joint")
 
     @property
     def baseline_dir(self) -> Path:
@@ -523,10 +524,10 @@ def _write_artifact(
     source, fmt, result = context.model_dir, context.config["format"], {}
     if quantized is not None:
         result = quantized.result
-        if fmt == gguf.NAME and result.get("dense"):
+        if fmt == gguf.NAME and (quantized.path / gguf.FILE).is_file():
             gguf.copy(source, quantized.path / gguf.FILE, provenance, target)
             return []
-        if result.get("dense"):  # imported from a file whose grids are none of ours
+        if result.get("dense"):  # no codes of ours
             source, quantized = quantized.path / "checkpoint", None
     if fmt == bitsandbytes.NAME and quantized is not None:
         tensors = iterate_tensors(quantized.path)
@@ -850,6 +851,7 @@ FUNCTIONS: dict[str, Callable[[Context], dict[str, Any]]] = {
     "corpus": speculate_stages.corpus,
     "features": speculate_stages.features,
     "speculate": speculate_stages.speculate,
+    "joint": speculate_stages.joint,
     "draft": speculate_stages.draft,
     "quantize-draft": speculate_stages.quantize_draft,
     "accept": speculate_stages.accept,

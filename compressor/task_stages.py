@@ -26,7 +26,7 @@ def tasks(context: Context) -> dict[str, Any]:
     from compressor.quantize.stream import calibration_dtype
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    quantized = context.find("quantize")
+    quantized = context.quantized
     loaded = _loaded(context)  # before the model: data that is missing is found sooner
     opened = CausalLM.open(context.model_dir)
     wanted = context.config["dtype"]

@@ -100,6 +100,66 @@ def check_tgi(artifacts: Path) -> None:
     assert not any(name.endswith((".pt", ".bin", ".pkl")) for name in files)
 
 
+def test_medusa_2_is_another_model_evaluated_and_exported_as_such(project: Path) -> None:
+    """The model that is trained with its heads is what the artifact holds, the heads fit it, and
+    the first stage is that of Medusa-1."""
+    heads = {"heads": 2, **SMALL}
+    both = {"epochs": 1, "batch_size": 4, "learning_rate": 2e-3}
+    made = recipe()
+    made["variants"] = {
+        "first": {"speculate": {"medusa": heads}},
+        "second": {"speculate": {"medusa": {**heads, "joint": both}}},
+        "third": {"speculate": {"medusa": {**heads, "joint": both}, "tree_nodes": 4}},
+    }
+    made |= {"evaluate": RECIPE["evaluate"], "export": ["compressed-tensors", "gguf"]}
+    written = completed(project, made)
+    (run,) = (project / "runs" / "recipe").iterdir()
+    found = {v["name"]: v for v in written["variants"]}
+    rows = {row["name"]: row for row in json.loads((run / "stages.json").read_text())}
+    assert rows["speculate:first"]["key"] == rows["speculate:second"]["key"]
+    assert rows["joint:second"]["key"] == rows["joint:third"]["key"]
+    assert rows["accept:second"]["key"] != rows["accept:third"]["key"]
+    assert (found["second"]["algorithm"], found["first"]["algorithm"]) == ("medusa-2", None)
+    assert found["second"]["speculation"]["evaluations"][-1]["backbone_kl"] > 0
+    assert set(found["second"]["speculation"]["seconds"]) >= {"speculate", "joint"}
+    assert 0 < found["second"]["quality"][0]["kl_mean"] < 1
+    assert not found["first"]["quality"]
+    assert {a["verified"] for a in found["second"]["artifacts"] if a["format"] != "medusa"} <= {
+        True,
+        None,
+    }
+    ids = torch.arange(3, 40)[None]
+    artifacts = run / "artifacts"
+
+    def logits(variant: str) -> torch.Tensor:
+        return formats.load_model(artifacts / variant / "compressed-tensors")(ids).logits
+
+    assert not torch.equal(logits("second"), logits("baseline"))
+    assert torch.equal(logits("second"), logits("third"))
+    states = [load_medusa(artifacts / name / "medusa")[0] for name in ("first", "second")]
+    assert any(not torch.equal(states[0][key], states[1][key]) for key in states[0])
+    for way in found["second"]["speculation"]["results"].values():
+        assert all(tie < 1e-3 for tie in way["ties"])
+    assert [failure.sentence for failure in verify(run).failures] == []
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ({"from": "int4", "speculate": {"medusa": {"joint": {}}}}, "which are quantized here"),
+        (
+            {"speculate": {"medusa": {"joint": {}, "output": "original"}}},
+            "trains the target's output layer too",
+        ),
+    ],
+)
+def test_medusa_2_of_what_cannot_be_trained_is_refused(
+    project: Path, variant: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(project, recipe(second=variant)))
+
+
 def test_heads_of_the_baseline_on_a_quantized_target(project: Path) -> None:
     how = {**METHODS["medusa"], "trained_on": "baseline"}
     made = completed(project, recipe(heads={"from": "int4", "speculate": how}))

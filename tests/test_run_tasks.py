@@ -74,6 +74,19 @@ def test_tasks_are_kept_document_by_document_shared_and_made_again(project: Path
     assert any(key.endswith("metrics.acc.value") for _, key in failures)
 
 
+def test_what_another_tool_quantized_is_asked_itself(project: Path) -> None:
+    """Not the baseline in its place: the same codes answer the same."""
+    completed(project, recipe())
+    (first,) = (project / "runs" / "recipe").iterdir()
+    source = str(first / "artifacts" / "int4" / "compressed-tensors")
+    completed(project, recipe(variants={"theirs": {"import": {"source": source}}}))
+    (run,) = (path for path in (project / "runs" / "recipe").iterdir() if path != first)
+    file = "builtin_social_iqa.jsonl"
+    theirs = (run / "tasks" / "theirs" / file).read_text()
+    assert theirs == (first / "tasks" / "int4" / file).read_text()
+    assert theirs != (run / "tasks" / "baseline" / file).read_text()
+
+
 def test_an_altered_figure_of_a_task_is_named(project: Path) -> None:
     completed(project, recipe())
     (run,) = (project / "runs" / "recipe").iterdir()

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from compressor import __version__
 from compressor.export.serving import Command, fill
 from compressor.publish.artifacts import Artifact
+from compressor.record import MEDUSA_2
 from compressor.report import coverage, tables
 from compressor.report.markdown import escape, table_markdown
 
@@ -89,7 +90,7 @@ def metadata(artifact: Artifact) -> ModelCardData:
     tags = [artifact.format, *schemes, *steps]
     if artifact.speculates:
         tags = [artifact.format, "speculative-decoding"]
-    quantized = not artifact.speculates and not artifact.is_baseline
+    quantized = not artifact.speculates and facts["coverage"] is not None
     results = [] if artifact.speculates else _results(artifact)
     return ModelCardData(
         base_model=artifact.base_model,
@@ -102,9 +103,18 @@ def metadata(artifact: Artifact) -> ModelCardData:
         tags=["compressor", *(["quantized"] if quantized else []), *tags],
         model_name=title(artifact) if results else None,
         eval_results=results or None,
-        base_model_relation="quantized" if quantized and artifact.base_model else None,
+        base_model_relation=_relation(artifact),
         **origin.get("gate", {}),
     )
+
+
+def _relation(artifact: Artifact) -> str | None:
+    """What the Hub is to call it beside its base model; None where it is that, or none is known."""
+    if artifact.speculates or artifact.base_model is None:
+        return None
+    if artifact.facts["algorithm"] == MEDUSA_2:
+        return "finetune"
+    return "quantized" if artifact.facts["coverage"] is not None else None
 
 
 def _results(artifact: Artifact) -> list[EvalResult]:

@@ -167,7 +167,7 @@ def _served(loads: Sequence[Mapping[str, Any]], variant: str) -> list[dict[str, 
 
 
 # Kinds of stages whose time a variant has to pay back.
-_PAID_BACK = ("quantize", "corpus", "features", "speculate", "quantize-draft", "export")
+_PAID_BACK = ("quantize", "corpus", "features", "speculate", "joint", "quantize-draft", "export")
 
 
 def _fill_break_even(report: dict[str, Any]) -> None:

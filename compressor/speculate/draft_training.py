@@ -27,6 +27,7 @@ from compressor.speculate.features import Features
 from compressor.speculate.losses import Target, output_losses, ranks, top_k_accuracy
 from compressor.speculate.medusa import TOP, places, trainable
 from compressor.speculate.options import DraftOptions
+from compressor.speculate.trained import trained_tensors
 from compressor.speculate.training import train
 
 
@@ -59,15 +60,15 @@ def distil_draft(
         What `training.train` returns; evaluations are those of `held_out_accuracy`.
 
     Raises:
-        RunError: of `write_draft` or `training.train`; or the output layer has a bias, which the
-            losses do not know.
+        RunError: of `write_draft`, `trained_tensors` or `training.train`; or the output layer has
+            a bias, which the losses do not know.
     """
     write_draft(source, keep, work)
     opened = CausalLM.open(work)
     model = opened.load_full(torch.float32, _device(output.lm_head))
+    trained_tensors(opened, model)  # what cannot be written is found before it is trained
     facts = train_draft(model, output, corpus, features, options, work, advance=advance)
-    parameters = model.named_parameters(remove_duplicate=False)  # tied ones may be stored twice
-    trained = {opened.disk_name(name): p.detach() for name, p in parameters}
+    trained = trained_tensors(opened, model)
     write_draft(source, keep, directory, {name: value.cpu() for name, value in trained.items()})
     return facts
 

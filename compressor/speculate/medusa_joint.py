@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from compressor.errors import RunError
@@ -33,21 +32,12 @@ from compressor.speculate.options import MedusaOptions
 from compressor.speculate.training import train
 
 
-class JointOptions(MedusaOptions):
-    """Options of Medusa-2's second stage."""
-
-    epochs: int = Field(2, ge=1, description="Times that every sample is trained on.")
-    learning_rate: float = Field(4e-5, gt=0, description="Of the heads, at its peak.")
-    backbone_rate: float = Field(0.25, gt=0, description="The target's rate over the heads'.")
-    heads_weight: float = Field(0.2, gt=0, description="Of the heads' losses beside the target's.")
-
-
 def train_jointly(
     model: CausalModel,
     heads: MedusaHeads,
     corpus: Corpus,
     features: Features,
-    options: JointOptions,
+    options: MedusaOptions,
     directory: Path,
     *,
     advance: Callable[[str], None] = lambda note: None,
@@ -61,7 +51,7 @@ def train_jointly(
         model: a transformers causal LM in float32, not quantized.
         heads: from `train_medusa`.
         corpus, features: as there.
-        options: see `JointOptions`; those of the heads' shape are not read.
+        options: with `MedusaOptions.joint`; the losses are the first stage's.
         directory: for checkpoints, another one than the first stage's.
         advance: called with a note after each step.
 
@@ -73,6 +63,8 @@ def train_jointly(
         RunError: the target is quantized, not in float32, or its output layer has a bias; and as
             `train_medusa`.
     """
+    joint = options.joint
+    assert joint is not None
     output = _check_backbone(model)
     device = output.weight.device
     before = Head(copy.deepcopy(output).requires_grad_(False), model.config)
@@ -111,7 +103,7 @@ def train_jointly(
         kept = divergence(rows, states, weight)
         wanted = Batch(corpus, rows, original, device).target(options.loss, before, heads.token_map)
         drafts = Batch(corpus, rows, states, device).loss(
-            heads, wanted, options, weight * options.heads_weight
+            heads, wanted, options, weight * joint.heads_weight
         )
         (kept + drafts).backward()
         parts = {"backbone_kl": float(kept.detach()), "heads": float(drafts.detach())}
@@ -134,11 +126,11 @@ def train_jointly(
             backward,
             evaluate,
             trainable(corpus),
-            options,
+            joint,
             directory,
             size=lambda row: places(corpus, row),
             advance=advance,
-            groups={f"backbone.{name}": options.backbone_rate for name in backbone},
+            groups={f"backbone.{name}": joint.backbone_rate for name in backbone},
         )
     finally:
         model.requires_grad_(False)

@@ -39,6 +39,15 @@ class SpeculatorOptions(BaseModel):
     seed: int = Field(0, ge=0, description="Of the order of samples.")
 
 
+class JointOptions(SpeculatorOptions):
+    """Options of Medusa-2: the target is trained on together with its heads."""
+
+    epochs: int = Field(2, ge=1, description="Times that every sample is trained on.")
+    learning_rate: float = Field(4e-5, gt=0, description="Of the heads, at its peak.")
+    backbone_rate: float = Field(0.25, gt=0, description="The target's rate over the heads'.")
+    heads_weight: float = Field(0.2, gt=0, description="Of the heads' losses beside the target's.")
+
+
 class MedusaOptions(SpeculatorOptions):
     """Options of Medusa heads."""
 
@@ -57,6 +66,20 @@ class MedusaOptions(SpeculatorOptions):
     )
     loss: Kind = Field("cross_entropy", description="See `compressor.speculate.losses`.")
     decay: float = Field(0.8, gt=0, le=1, description="Weight of each head's loss over the last's.")
+    joint: JointOptions | None = Field(
+        None,
+        description="Medusa-2: once the heads are trained, the model is trained on with them, held "
+        "to what it said before. The variant is then another model, which is evaluated and "
+        "exported as such; it is not quantized.",
+    )
+
+    @model_validator(mode="after")
+    def _the_output_layer_moves(self) -> Self:
+        if self.joint is not None and self.output == "original":
+            raise ValueError(
+                "`joint:` trains the target's output layer too: set output: shared or own"
+            )
+        return self
 
 
 class Eagle3Options(SpeculatorOptions):

@@ -24,7 +24,8 @@ from compressor.speculate.eagle3_config import config_for
 from compressor.speculate.eagle3_proposer import Eagle3Proposer
 from compressor.speculate.eagle3_training import make_head, train_eagle3
 from compressor.speculate.features import Features
-from compressor.speculate.medusa import MedusaHeads, train_medusa
+from compressor.speculate.medusa import MedusaHeads, States, train_medusa
+from compressor.speculate.medusa_joint import train_jointly
 from compressor.speculate.medusa_proposer import MedusaProposer, measure_ranks
 from compressor.speculate.ngram import NgramProposer
 from compressor.speculate.options import (
@@ -34,10 +35,12 @@ from compressor.speculate.options import (
     NgramOptions,
 )
 from compressor.speculate.proposer import Proposer
+from compressor.speculate.trained import trained_tensors, write_trained
 from compressor.speculate.tree import Tree, tree_from_ranks
 
 WEIGHTS, SHAPE = "heads.safetensors", "heads.json"
 DRAFT, WORK = "draft", "training"
+CHECKPOINT = "checkpoint"  # of a target that was trained on with its heads
 _BRANCHES = 4  # children of each chosen node of EAGLE-3's tree
 _RANKS = 10  # guesses of a Medusa head among which a tree chooses
 
@@ -92,6 +95,45 @@ def train_speculator(
         source, keep, output, corpus, features, options, directory / DRAFT, work, advance=advance
     )
     return {**facts, **made}
+
+
+def train_target(
+    options: MedusaOptions,
+    target: Any,
+    source: Path,
+    heads: MedusaHeads,
+    corpus: Corpus,
+    features: Features,
+    directory: Path,
+    *,
+    advance: Callable[[str], None] = lambda note: None,
+) -> dict[str, Any]:
+    """Medusa-2: train a target and the heads that it has already. Resumes what a killed call left.
+
+    Args:
+        options: with ``joint``.
+        target: loaded from ``source`` in float32; trained in place.
+        source: its checkpoint, not quantized.
+        heads: that `train_speculator` made; trained in place.
+        corpus, features: as there.
+        directory: gets the heads, the target in `CHECKPOINT`, and training's checkpoints in `WORK`.
+        advance: called with a note after each step.
+
+    Returns:
+        What `training.train` returns.
+
+    Raises:
+        RunError: of `train_jointly` or `trained_tensors`.
+    """
+    opened = CausalLM.open(source)
+    trained_tensors(opened, target)  # what cannot be written is found before it is trained
+    heads.to(next(target.parameters()).device)
+    _, facts = train_jointly(
+        target, heads, corpus, features, options, directory / WORK, advance=advance
+    )
+    _write(directory, heads.state_dict(), heads.shape())
+    write_trained(opened, trained_tensors(opened, target), directory / CHECKPOINT)
+    return facts
 
 
 def _write(directory: Path, state: dict[str, torch.Tensor], shape: dict[str, Any]) -> None:
@@ -155,12 +197,19 @@ def make_proposers(
     return {"chain": DraftProposer(CachedModel(draft), vocabulary)}
 
 
-def measured_tree(heads: MedusaHeads, corpus: Corpus, features: Features, nodes: int) -> Tree:
-    """The tree of so many nodes that would have had most accepted of the answers held out."""
+def measured_tree(heads: MedusaHeads, corpus: Corpus, states: States, nodes: int) -> Tree:
+    """The tree of so many nodes that would have had most accepted of the answers held out.
+
+    Args:
+        heads: the heads.
+        corpus: of the target's answers.
+        states: the target's hidden states of a sample, [length, hidden].
+        nodes: of the tree, its root not counted.
+    """
     device = heads.output_weight(0).device
     sequences = (
         (
-            features.hidden(row).to(device).float(),
+            states(row).to(device).float(),
             torch.from_numpy(corpus.row(row).astype("int64")),
             int(corpus.starts[row]),
         )

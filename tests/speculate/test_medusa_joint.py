@@ -14,13 +14,14 @@ from compressor.models.architecture import CausalLM
 from compressor.models.head import split
 from compressor.speculate import training
 from compressor.speculate.medusa import MedusaHeads, train_medusa
-from compressor.speculate.medusa_joint import JointOptions, train_jointly
+from compressor.speculate.medusa_joint import train_jointly
+from compressor.speculate.options import JointOptions, MedusaOptions
 from tests.speculate.test_medusa import make, options, quantized
 
 
-def joint(**changes: Any) -> JointOptions:
-    settings = {"heads": 3, "epochs": 4, "learning_rate": 2e-3, "patience": 0, **changes}
-    return JointOptions(**settings)
+def joint(loss: Any = "cross_entropy", **changes: Any) -> MedusaOptions:
+    settings = {"epochs": 4, "learning_rate": 2e-3, "patience": 0, **changes}
+    return MedusaOptions(heads=3, loss=loss, joint=JointOptions(**settings))
 
 
 def started(directory: Path, arch: str = "llama") -> tuple[Any, Any, Any, MedusaHeads]:
