@@ -12,7 +12,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor.plan import ModelFacts, _role, _Speed, make_plan
+from compressor.estimates import ModelFacts, Speed, role_of
+from compressor.plan import make_plan
 from compressor.quantize import registry
 from compressor.recipe import load_recipe
 from compressor.store import Store
@@ -22,7 +23,7 @@ FACTS = ModelFacts("LlamaForCausalLM", 134_515_008, 576, 1536, 30, 49152)
 TOKENS, LENGTH = 16 * 512, 512
 
 
-class Fixed(_Speed):
+class Fixed(Speed):
     """A machine of known speed, so that estimates can be compared."""
 
     def product(self, dtype: str) -> float:  # type: ignore[override]
@@ -33,7 +34,7 @@ def steps(*names: str, **options: Any) -> tuple[list[Any], list[str]]:
     made = [registry.get(name).Options(**(options if i else {})) for i, name in enumerate(names)]
     if len(names) == 1:
         made = [registry.get(names[0]).Options(**options)]
-    return made, [_role(name) for name in names]
+    return made, [role_of(name) for name in names]
 
 
 def seconds(

@@ -13,7 +13,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from compressor.errors import RecipeError, RunError
-from compressor.plan import Estimate, Plan, make_plan
+from compressor.estimates import Estimate
+from compressor.plan import Plan, make_plan
 from compressor.preflight import Preflight, llama_cpp_targets, preflight, vllm_targets
 from compressor.recipe import load_recipe
 from compressor.store import Store
