@@ -42,7 +42,7 @@ from compressor.numerics.scheme import Scheme
 from compressor.optimise.options import MEASURED, SEARCHED, Optimise, Space
 from compressor.publish.options import Publish
 from compressor.quantize import registry
-from compressor.recipe_file import compose, explain, line_of, plain_value
+from compressor.recipe_file import compose, explain, line_of, models_in, plain_value
 from compressor.speculate.options import (
     OPTIONS,
     TRAINED,
@@ -1166,7 +1166,7 @@ class Recipe(_Section):
     @classmethod
     def variant_type(cls) -> type[Variant]:
         """The type of this recipe's variants."""
-        made = next(t for t in _models(cls.model_fields["variants"].annotation))
+        made = next(t for t in models_in(cls.model_fields["variants"].annotation))
         assert issubclass(made, Variant)
         return made
 

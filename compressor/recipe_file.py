@@ -202,9 +202,9 @@ def _valid_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]
         if _is_model(current) and part in current.model_fields:
             current = current.model_fields[part].annotation
         else:  # an index of a list, or a key of a mapping such as `variants`
-            current = next(_models(current), current)
+            current = next(models_in(current), current)
         if not _is_model(current) and get_origin(current) not in (dict, list):
-            current = next(_models(current), current)
+            current = next(models_in(current), current)
     if not _is_model(current):
         return []
     return [field.alias or name for name, field in current.model_fields.items()]
@@ -214,9 +214,9 @@ def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """Pydantic models inside an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in getattr(annotation, "__args__", ()):
-        yield from _models(argument)
+        yield from models_in(argument)
