@@ -217,7 +217,7 @@ def make_stage(
         None, or what went wrong: ``what``, ``where`` and ``fix``.
     """
     from compressor.progress import SilentProgress
-    from compressor.run import make
+    from compressor.run import check_inputs, make
 
     try:
         if stage.key_given(inputs) != key:
@@ -235,6 +235,7 @@ def make_stage(
                 where=f"{os.uname().nodename}:{root}",
                 fix="give a --store that every node sees under the same path",
             )
+        check_inputs(known, set())
         make(store, stage, key, known, SilentProgress())
     except CompressorError as error:
         return {"what": error.what, "where": error.where, "fix": error.fix}

@@ -38,7 +38,14 @@ import yaml
 from compressor.errors import RunError
 from compressor.evaluate.options import TOLERANCE
 from compressor.export.artifact import PROVENANCE, SUMS
-from compressor.store import StoredStage, content_key, file_sha256, stage_key, write_atomic
+from compressor.store import (
+    StoredStage,
+    check_files,
+    content_key,
+    file_sha256,
+    stage_key,
+    write_atomic,
+)
 
 MANIFEST, EXPORTS = "MANIFEST.sha256", "exports"
 MEDUSA_2 = "medusa-2"  # the algorithm of a model that was trained on with its heads
@@ -156,6 +163,9 @@ def lay_out(
         environment: what `doctor.environment` found.
         stages: (`stage_record`, directory in the store) in the plan's order.
         search: text of `OPTIMISE` and `OPTIMISED`; none where nothing was searched.
+
+    Raises:
+        RunError: a stored file is not what was written.
     """
     records = [record for record, _ in stages]
     in_short = [{key: record[key] for key in _IN_SHORT} for record in records]
@@ -170,7 +180,10 @@ def lay_out(
         else:
             (run_dir / name).unlink(missing_ok=True)  # of a search that came to the same stages
     for record, directory in stages:
-        for entry, place in kept_files(record):
+        kept = list(kept_files(record))
+        if record["cached"]:  # made some time ago
+            check_files(directory, [entry for entry, _ in kept])
+        for entry, place in kept:
             place_file(directory / entry["path"], run_dir / place)
 
 

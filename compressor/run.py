@@ -48,6 +48,7 @@ class _Outcome:
     failed: dict[str, str]
     broken: dict[str, str] = field(default_factory=dict)  # error by key of a stage that failed
     made: set[str] = field(default_factory=set)  # keys of stages that were made for this run
+    checked: set[str] = field(default_factory=set)  # keys whose files are what was written
 
 
 def execute(
@@ -149,13 +150,27 @@ def _run_stage(plan: Plan, stage: Stage, outcome: _Outcome, progress: Progress, 
     stored = plan.store.get(key)
     if stored is None:
         _log(log, "start", stage, key=key)
+        check_inputs(inputs, outcome.checked)
         stored = make(plan.store, stage, key, inputs, progress)
+        outcome.checked.add(key)
         _log(log, "done", stage, key=key, seconds=stored.manifest["seconds"])
     else:
         if key not in outcome.made:
             outcome.cached.add(stage.name)
         _log(log, "cached", stage, key=key)
     outcome.done[stage.name] = stored
+
+
+def check_inputs(inputs: Mapping[str, StoredStage], checked: set[str]) -> None:
+    """See that what a stage rests on is what was written; ``checked`` grows by their keys.
+
+    Raises:
+        RunError: a file was changed, cut short or removed.
+    """
+    for stored in inputs.values():
+        if stored.key not in checked:
+            stored.verify()
+            checked.add(stored.key)
 
 
 def make(

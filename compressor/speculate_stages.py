@@ -319,7 +319,6 @@ def export(context: Context, provenance: dict[str, Any], directory: Path) -> Non
         return _export_draft(context, provenance, directory)
     trained, load = _trained(context), context.need("load")
     assert trained is not None
-    trained.verify()
     options: Any = OPTIONS[context.config["method"]].model_validate(context.config["options"])
     if context.config["method"] == "medusa":
         heads = load_medusa_heads(trained.path)
@@ -349,9 +348,6 @@ def _export_draft(context: Context, provenance: dict[str, Any], directory: Path)
     from compressor.quantize.codes import iterate_quantized, replaced_tensors
 
     given, quantized = context.find("draft"), context.find("quantize-draft")
-    for stage in (context.find("speculate"), quantized):
-        if stage is not None:
-            stage.verify()
     if given is not None:
         provenance = provenance | {
             "draft": {key: given.result[key] for key in ("source", "revision")}

@@ -109,23 +109,36 @@ class StoredStage:
 
     def verify(self) -> None:
         """Compare every file with the manifest; raise `RunError` naming the first that differs."""
-        paths = [self.path / entry["path"] for entry in self.manifest["files"]]
-        there = [path for path in paths if path.is_file()]
-        found = dict(zip(there, file_sha256s(there), strict=True))
-        for entry, path in zip(self.manifest["files"], paths, strict=True):
-            if not path.is_file():
-                problem = "is missing"
-            elif path.stat().st_size != entry["size_bytes"]:
-                problem = f"has {path.stat().st_size} bytes, {entry['size_bytes']} were written"
-            elif found[path] != entry["sha256"]:
-                problem = "does not have the SHA-256 that was recorded when it was written"
-            else:
-                continue
-            raise RunError(
-                f"stored file {problem}",
-                where=str(path),
-                fix=f"delete {self.path} and run again: that stage alone is made anew",
-            )
+        check_files(self.path, self.manifest["files"])
+
+
+def check_files(directory: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Compare files of a finished stage with what was recorded when they were written.
+
+    Args:
+        directory: of the stage.
+        entries: of its manifest: ``path``, ``size_bytes``, ``sha256``.
+
+    Raises:
+        RunError: naming the first file that differs.
+    """
+    paths = [directory / entry["path"] for entry in entries]
+    there = [path for path in paths if path.is_file()]
+    found = dict(zip(there, file_sha256s(there), strict=True))
+    for entry, path in zip(entries, paths, strict=True):
+        if not path.is_file():
+            problem = "is missing"
+        elif path.stat().st_size != entry["size_bytes"]:
+            problem = f"has {path.stat().st_size} bytes, {entry['size_bytes']} were written"
+        elif found[path] != entry["sha256"]:
+            problem = "does not have the SHA-256 that was recorded when it was written"
+        else:
+            continue
+        raise RunError(
+            f"stored file {problem}",
+            where=str(path),
+            fix=f"delete {directory} and run again: that stage alone is made anew",
+        )
 
 
 class Store:

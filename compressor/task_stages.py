@@ -66,7 +66,6 @@ def served(context: Context) -> dict[str, Any]:
         with context.progress.task(title, None):
             return _ask(context, _Served(c["url"], c["model"], c["key_variable"]), loaded)
     export = context.need("export")
-    export.verify()
     logs = context.directory / "logs"
     logs.mkdir(exist_ok=True)
     flags = c["flags"]

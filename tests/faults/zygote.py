@@ -1,0 +1,129 @@
+"""Runs of the command line that meet a fault where they are told to.
+
+    python -m tests.faults.zygote
+
+Imports everything once and forks for each job, so that hundreds of runs take minutes. Jobs and what
+became of them are lines of JSON on stdin and stdout (`tests.faults.runs` writes and reads them).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# What makes a file appear under its name: the places where a run can be half done.
+PUBLISHING = ("rename", "replace", "link")
+
+
+def main() -> None:
+    import compressor.cli
+    import compressor.evaluate.lm
+    import compressor.evaluate.tasks
+    import compressor.measure.runner
+    import compressor.quantize.driver
+    import compressor.report.write
+    import compressor.speculate.pipeline
+    import compressor.stages
+    import compressor.verify  # noqa: F401
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            _child(job)
+        print(json.dumps({"code": _wait(pid, job)}), flush=True)
+
+
+def _wait(pid: int, job: dict[str, Any]) -> int:
+    """Exit code of the child, negative for a signal; sends one where the job says when."""
+    started = time.monotonic()
+    left = [float(job["after"])] if "after" in job else []
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if left and time.monotonic() - started >= left[0]:
+            left.clear()
+            os.kill(pid, job.get("signal", signal.SIGKILL))
+        if time.monotonic() - started > job.get("limit", 300):
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.002)
+
+
+def _child(job: dict[str, Any]) -> None:
+    from compressor.cli import main as command_line
+
+    code: Any = 1
+    try:
+        os.chdir(job["directory"])
+        output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        if "uid" in job:
+            os.setuid(job["uid"])
+        if "points" in job:
+            _die_at_a_new_point(Path(job["points"]))
+        if "clock" in job:
+            _jump(job["clock"])
+        sys.argv = ["compress", *job["arguments"]]
+        command_line()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def _die_at_a_new_point(seen: Path) -> None:
+    """SIGKILL before, and in another run after, the first publishing of a file that no earlier run
+    died at. ``seen`` holds those points, a line each."""
+    known = set(seen.read_text().splitlines()) if seen.exists() else set()
+
+    def wrap(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(source: Any, target: Any, *rest: Any, **named: Any) -> Any:
+            place = os.path.relpath(os.fspath(target))
+            for when in ("before", "after"):
+                if when == "after":
+                    made = call(source, target, *rest, **named)
+                point = f"{when} {name} {place}"
+                if point not in known:
+                    with open(seen, "a", encoding="utf-8") as file:
+                        file.write(point + "\n")
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return made
+
+        return wrapped
+
+    for name in PUBLISHING:
+        setattr(os, name, wrap(name, getattr(os, name)))
+
+
+def _jump(step: float) -> None:
+    """The wall clock goes by so many seconds more (or less) at each look."""
+    real, looks = time.time, [0]
+
+    def jumping() -> float:
+        looks[0] += 1
+        return real() + step * looks[0]
+
+    time.time = jumping
+
+
+if __name__ == "__main__":
+    main()
