@@ -88,22 +88,17 @@ def model_facts(resolved: ResolvedSource) -> ModelFacts:
 
 
 def _gguf_facts(path: Path) -> ModelFacts:
-    from gguf import GGUFReader
+    from compressor.models.gguf_file import count_field, open_gguf, text_field
 
-    reader = GGUFReader(path)
-
-    def value(key: str, default: Any = 0) -> Any:
-        found = reader.get_field(key)
-        return found.contents() if found else default
-
-    name = value("general.architecture", "?")
+    reader = open_gguf(path)
+    name = text_field(reader, "general.architecture")
     shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
     return ModelFacts(
         architecture=name,
         parameters=sum(int(tensor.n_elements) for tensor in reader.tensors),
-        hidden=int(value(f"{name}.embedding_length", 1)),
-        intermediate=int(value(f"{name}.feed_forward_length", 1)),
-        layers=int(value(f"{name}.block_count", 1)),
+        hidden=count_field(reader, f"{name}.embedding_length", 1),
+        intermediate=count_field(reader, f"{name}.feed_forward_length", 1),
+        layers=count_field(reader, f"{name}.block_count", 1),
         vocabulary=int(max(shapes.get("token_embd.weight", [1]))),
         # GGUF writes the fastest dimension first.
         tensors=tuple((name, tuple(int(n) for n in reversed(s))) for name, s in shapes.items()),

@@ -21,6 +21,7 @@ from compressor.errors import RunError
 from compressor.imports.packed import PackedCheckpoint, open_packed
 from compressor.models.architecture import CausalLM
 from compressor.models.checkpoint import Checkpoint
+from compressor.models.gguf_file import open_gguf
 from compressor.models.source import ResolvedSource, materialise
 from compressor.numerics.scheme import Scheme
 from compressor.quantize.codes import (
@@ -159,14 +160,12 @@ def import_gguf(model: CausalLM, directory: Path) -> dict[str, Any]:
     Returns:
         scheme, coverage and so on, as of `import_model`.
     """
-    from gguf import GGUFReader
-
     file = directory / GGUF_FILE
     found = ResolvedSource("gguf", file, None, str(file), [file])
+    reader = open_gguf(file)
     path = materialise(found, directory / CHECKPOINT, dtype="float32")
     theirs = Checkpoint(path)
     coverage = Coverage(model, None)
-    reader = GGUFReader(file)
     sizes: Counter[str] = Counter()
     for tensor in reader.tensors:
         if len(tensor.shape) > 1:

@@ -187,18 +187,10 @@ def config_dimensions(config: Any, name: str, *, trust_remote_code: bool = False
 
 def gguf_dimensions(path: Path) -> Dimensions:
     """From a GGUF file's header (keys as in the format's specification)."""
-    from gguf import GGUFReader
+    from compressor.models.gguf_file import count_field, open_gguf, text_field
 
-    try:
-        reader = GGUFReader(path)
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot be read: {error}", where=str(path), fix="name another") from error
-
-    def value(key: str, default: Any = 0) -> Any:
-        found = reader.get_field(key)
-        return found.contents() if found else default
-
-    arch = value("general.architecture", "?")
+    reader = open_gguf(path)
+    arch = text_field(reader, "general.architecture")
     # GGUF writes the fastest dimension first.
     shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
     embedding = shapes.get("token_embd.weight", (1, 1))
@@ -206,9 +198,9 @@ def gguf_dimensions(path: Path) -> Dimensions:
     linears, rest = _linears(
         [(name, shape) for name, shape in shapes.items() if name not in apart], embedding[1]
     )
-    heads = _first(value(f"{arch}.attention.head_count", 1))
-    width = int(value(f"{arch}.attention.key_length", embedding[1] // heads))
-    kv_heads = _first(value(f"{arch}.attention.head_count_kv", heads))
+    heads = max(count_field(reader, f"{arch}.attention.head_count", 1), 1)
+    width = count_field(reader, f"{arch}.attention.key_length", embedding[1] // heads)
+    kv_heads = count_field(reader, f"{arch}.attention.head_count_kv", heads)
     return Dimensions(
         name=path.name,
         linears=linears,
@@ -216,16 +208,12 @@ def gguf_dimensions(path: Path) -> Dimensions:
         hidden=embedding[1],
         tied="output.weight" not in shapes,
         rest=rest,
-        windows=(None,) * int(value(f"{arch}.block_count", 1)),
+        windows=(None,) * min(count_field(reader, f"{arch}.block_count", 1), len(shapes)),
         kv_values=2 * kv_heads * width,
         attention_width=2 * heads * width,
-        experts=int(value(f"{arch}.expert_count", 0)),
-        experts_per_token=int(value(f"{arch}.expert_used_count", 0)),
+        experts=count_field(reader, f"{arch}.expert_count", 0),
+        experts_per_token=count_field(reader, f"{arch}.expert_used_count", 0),
     )
-
-
-def _first(value: Any) -> int:
-    return int(value[0] if isinstance(value, list) else value)
 
 
 def _linears(

@@ -160,17 +160,13 @@ def _from_gguf(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gguf_fields(path: Path) -> dict[str, Any]:
     """The file's ``general.*`` fields."""
-    from gguf import GGUFReader
+    from compressor.models.gguf_file import open_gguf
 
-    try:
-        reader = GGUFReader(path)
-        return {
-            name: field.contents()
-            for name, field in reader.fields.items()
-            if name.startswith("general.")
-        }
-    except (OSError, ValueError, IndexError, KeyError):
-        return {}
+    return {
+        name: field.contents()
+        for name, field in open_gguf(path).fields.items()
+        if name.startswith("general.")
+    }
 
 
 def _from_package(resolved: ResolvedSource) -> dict[str, Any]:

@@ -117,14 +117,9 @@ def _in_package(source: str) -> tuple[Path, list[Path]]:
 
 
 def _gguf(source: str, path: Path, licences: list[Path]) -> ResolvedSource:
-    with open(path, "rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise RunError(
-            "the file does not start as a GGUF file does",
-            where=str(path),
-            fix="download it again, or correct model.source",
-        )
+    from compressor.models.gguf_file import open_gguf
+
+    open_gguf(path)
     return ResolvedSource("gguf", path, None, source, [path], licences)
 
 

@@ -51,12 +51,14 @@ def llama_server(binary: str | Path | None = None) -> Path:
 
 def gguf_file_type(path: Path) -> str | None:
     """What a GGUF file says its weights mostly are, such as ``Q4_0``; None when it does not."""
-    from gguf import GGUFReader, LlamaFileType
+    from gguf import LlamaFileType
 
+    from compressor.models.gguf_file import open_gguf
+
+    field = open_gguf(path).get_field("general.file_type")
     try:
-        field = GGUFReader(path).get_field("general.file_type")
         name = LlamaFileType(field.contents()).name if field else None
-    except (ValueError, OSError, IndexError, KeyError):
+    except ValueError:  # a type that is newer than the library
         return None
     return name.removeprefix("MOSTLY_").removeprefix("ALL_") if name else None
 
