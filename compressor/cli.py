@@ -770,6 +770,40 @@ def history(
         typer.echo(f"report: {output / 'index.html'}")
 
 
+@app.command()
+def gc(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Directories of all runs that use the store.",
+            metavar="[RUNS]...",
+            show_default="runs",
+        ),
+    ] = None,
+    store: Annotated[Path, typer.Option("--store", help="Directory of finished stages.")] = Path(
+        ".compressor"
+    ),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be freed, free nothing.")
+    ] = False,
+) -> None:
+    """Free the stages that no run refers to: delete a run's directory, then call this.
+
+    What interrupted runs have made or begun stays, and so do the trials of searches.
+    """
+    from compressor.gc import collect
+    from compressor.store import Store
+
+    if not (store / "objects").is_dir():
+        raise RunError("there is no store", where=str(store), fix="name it with --store")
+    freed = collect(Store(store), runs or [Path("runs")], dry_run=dry_run)
+    words = "would be freed" if dry_run else "freed"
+    typer.echo(
+        f"{freed.stages} stages and {freed.unfinished} unfinished ones {words}, "
+        f"{freed.bytes / 1e9:.3f} GB that nothing else links to; {freed.kept} stages stay"
+    )
+
+
 @app.command("open")
 def open_report(
     place: Annotated[

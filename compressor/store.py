@@ -184,18 +184,36 @@ class Store:
     @contextmanager
     def working(self, key: str) -> Iterator[Path]:
         """Directory to build stage ``key`` in, under its lock; it survives a kill for resuming."""
-        lock = self.root / "locks" / f"{key}.lock"
-        with open(lock, "a", encoding="utf-8") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-                # Another process is making the same stage: wait for it, then use its result.
-                fcntl.flock(handle, fcntl.LOCK_EX)
+        with self.lock(key):
             path = self.root / "partial" / key
             path.mkdir(exist_ok=True)
             yield path
+
+    @contextmanager
+    def lock(self, key: str, *, wait: bool = True) -> Iterator[bool]:
+        """The lock of a stage, whether or not there is one; yields whether it is held.
+
+        Args:
+            key: of the stage.
+            wait: for another process that is making the stage; else that one keeps it.
+        """
+        path = self.root / "locks" / f"{key}.lock"
+        while True:
+            with open(path, "a", encoding="utf-8") as handle:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                except OSError as error:
+                    if wait or error.errno not in (errno.EAGAIN, errno.EACCES):
+                        raise
+                    yield False
+                    return
+                try:  # the file may have been removed, and made anew, while we waited
+                    current = os.path.samestat(os.fstat(handle.fileno()), os.stat(path))
+                except FileNotFoundError:
+                    current = False
+                if current:
+                    yield True
+                    return
 
     def publish(self, key: str, working: Path, manifest: Mapping[str, Any]) -> StoredStage:
         """Sync ``working`` to disk with its manifest and rename it into place."""
