@@ -1,0 +1,235 @@
+"""Every fault that a run is to survive: how often it was tried, and what came of it.
+
+    .venv/bin/python scripts/faults.py --output reports/faults [--random 100] [--fuzz 100000]
+        [--only kills interrupts clock together disk bits fuzz]
+
+Works on a tiny random model and a recipe with every kind of stage that needs no server. After each
+kill, whatever counts as finished is compared with the hashes written beside it; in the end the
+hashes are those of a run that nothing disturbed. Writes faults.json and README.md; parts that are
+not run again stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from compressor.doctor import cpu_name
+from tests.faults.conftest import WHOLE, Undisturbed, project
+from tests.faults.fuzzing import TARGETS
+from tests.faults.runs import Zygote, stored
+from tests.faults.test_disk import NOBODY, flip
+from tests.faults.test_kills import die_at_every_point, die_at_random
+
+ROOT = Path(__file__).parent.parent
+Row = dict[str, Any]
+
+
+class Faults:
+    """Tries faults in directories of their own.
+
+    Args:
+        scratch: for them.
+        random: kills at random moments.
+        fuzz: damaged inputs of each kind.
+    """
+
+    def __init__(self, scratch: Path, random: int, fuzz: int) -> None:
+        self.scratch, self.random, self.fuzz_count = scratch, random, fuzz
+        self.zygote = Zygote()
+        started = time.monotonic()
+        self.whole = Undisturbed(self.zygote, scratch / "undisturbed", WHOLE)
+        self.seconds = time.monotonic() - started
+
+    def new(self) -> Path:
+        return project(Path(tempfile.mkdtemp(dir=self.scratch)), self.whole.recipe)
+
+    def finish(self, directory: Path) -> None:
+        code, printed = self.zygote.run(directory)
+        assert code == 0, printed
+        self.whole.same(directory)
+
+    def kills(self) -> list[Row]:
+        directory = self.new()
+        number = die_at_every_point(self.zygote, directory)
+        self.whole.same(directory)
+        rows = [row("SIGKILL before and after every publication of a file", number, "same hashes")]
+        number, left = 0, self.random
+        while left > 0:
+            directory = self.new()
+            count = min(left, 10)
+            number += die_at_random(
+                self.zygote, directory, count, self.seconds / 2, seed=self.random - left
+            )
+            self.finish(directory)
+            left -= count
+        return [*rows, row("SIGKILL at a random moment", number, "same hashes")]
+
+    def interrupts(self) -> list[Row]:
+        generator, number = random.Random(1), 0
+        for _ in range(10):
+            directory = self.new()
+            after = generator.uniform(0.3, 0.8 * self.seconds)
+            code, printed = self.zygote.run(directory, after=after, signal=int(signal.SIGINT))
+            assert code in (0, 130) and "Traceback" not in printed, printed
+            number += code == 130
+            stored(directory)
+            self.finish(directory)
+        return [row("SIGINT at a random moment", number, "exit code 130, then same hashes")]
+
+    def clock(self) -> list[Row]:
+        for step in (-86400.0, -1.0, 86400.0):
+            directory = self.new()
+            code, printed = self.zygote.run(directory, clock=step)
+            assert code == 0, printed
+            self.whole.same(directory)
+        return [row("wall clock that jumps at each look", 3, "same hashes")]
+
+    def together(self) -> list[Row]:
+        other = Zygote()
+        for number in range(3):
+            directory, codes = self.new(), []
+            thread = threading.Thread(
+                target=lambda place=directory, made=codes: made.append(other.run(place))
+            )
+            thread.start()
+            time.sleep(number)
+            codes.append(self.zygote.run(directory))
+            thread.join()
+            assert [code for code, _ in codes] == [0, 0], codes
+            self.whole.same(directory)
+        other.close()
+        return [row("two runs at once on one store", 3, "both end, same hashes")]
+
+    def disk(self) -> list[Row]:
+        rows = []
+        sizes = (200, 700, 1500, 3000)
+        for size in sizes:
+            directory = self.new()
+            place = directory / "disk"
+            place.mkdir()
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", str(place)]
+            if subprocess.run(mount, capture_output=True).returncode:
+                return [row("full disk", 0, "not tried: nothing may be mounted here")]
+            try:
+                arguments = ("run", "recipe.yaml", "--store", str(place / "store"), "--force")
+                code, printed = self.zygote.run(directory, *arguments)
+                assert code == 1 and "fix:" in printed and "Traceback" not in printed, printed
+                assert "unexpected" not in printed, printed
+                shutil.copytree(place / "store", directory / ".compressor")
+            finally:
+                subprocess.run(["umount", "-l", str(place)], check=True)
+            stored(directory)
+            self.finish(directory)
+        rows.append(row("full disk (200 kB to 3 MB)", len(sizes), "one error, then same hashes"))
+        if os.getuid() == 0:
+            directory = self.new()
+            (directory / "printed").touch()
+            for path in (directory, *directory.parents):
+                path.chmod(path.stat().st_mode | 0o005)
+            code, printed = self.zygote.run(directory, uid=NOBODY)
+            assert code == 1 and "cannot write the store" in printed, printed
+            rows.append(row("store that cannot be written", 1, "one error"))
+        return rows
+
+    def bits(self) -> list[Row]:
+        directory = self.new()
+        self.finish(directory)
+        store = directory / ".compressor" / "objects"
+        files = [p for p in sorted(store.rglob("*")) if p.is_file() and p.name != "stage.json"]
+        found = 0
+        for number, path in enumerate(files):
+            whole = path.read_bytes()
+            if not whole:
+                continue
+            flip(path, 104_729 * (number + 1))
+            try:
+                stored(directory)
+            except Exception as error:
+                assert "SHA-256" in str(error)
+                found += 1
+            path.write_bytes(whole)
+        nonempty = sum(path.stat().st_size > 0 for path in files)
+        assert found == nonempty
+        return [row("one bit flipped in a stored file", found, "named by its hash")]
+
+    def fuzz(self) -> list[Row]:
+        rows = []
+        for name in TARGETS:
+            count = self.fuzz_count if name != "config" else self.fuzz_count // 20
+            done = subprocess.run(
+                [sys.executable, "-m", "tests.faults.fuzzing", name, "--count", str(count)],
+                cwd=ROOT, capture_output=True, text=True,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout + done.stderr
+            told = json.loads(done.stdout)
+            outcome = f"{told['refused']:,} refused by one error each, the others read"
+            rows.append(row(f"damaged input: {name}", told["inputs"], outcome))
+            print(rows[-1], flush=True)
+        return rows
+
+
+def row(fault: str, tried: int, outcome: str) -> Row:
+    """A line of the table."""
+    now = datetime.now(UTC).isoformat(timespec="minutes")
+    return {"fault": fault, "tried": tried, "outcome": outcome, "date": now, "machine": cpu_name()}
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table as a page."""
+    lines = [
+        "# Faults",
+        "",
+        "Made by `python scripts/faults.py --output reports/faults`; `tests/faults` has a part of",
+        "it in every test run.",
+        "",
+        "| fault | times tried | outcome | when |",
+        "|---|---:|---|---|",
+    ]
+    lines += [
+        f"| {r['fault']} | {r['tried']:,} | {r['outcome']} | {r['date'][:10]} |" for r in rows
+    ]
+    machines = sorted({str(r["machine"]) for r in rows})
+    return "\n".join([*lines, "", f"Machine: {', '.join(machines)}.", ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--random", type=int, default=100)
+    parser.add_argument("--fuzz", type=int, default=100_000)
+    parts = ("kills", "interrupts", "clock", "together", "disk", "bits", "fuzz")
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    arguments = parser.parse_args()
+    path = arguments.output / "faults.json"
+    kept: dict[str, list[Row]] = json.loads(path.read_text()) if path.exists() else {}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        faults = Faults(Path(scratch), arguments.random, arguments.fuzz)
+        for name in arguments.only:
+            part: Callable[[], list[Row]] = getattr(faults, name)
+            kept[name] = part()
+            print(name, kept[name], flush=True)
+            rows = [one for key in parts for one in kept.get(key, [])]
+            path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            (arguments.output / "README.md").write_text(markdown(rows), encoding="utf-8")
+        faults.zygote.close()
+
+
+if __name__ == "__main__":
+    main()
