@@ -24,8 +24,8 @@ def trained_tensors(opened: CausalLM, model: Any) -> dict[str, torch.Tensor]:
         model: what it was loaded into; tied parameters may be stored once or twice.
 
     Raises:
-        RunError: the checkpoint does not hold a parameter as it is, such as experts that
-            transformers joins: what training made of it would be lost.
+        RunError: the checkpoint does not hold a parameter as it is: what training made of it would
+            be lost.
     """
     found: dict[str, torch.Tensor] = {}
     kept, elsewhere = set(), {}
