@@ -109,7 +109,7 @@ def test_medusa_2_is_another_model_evaluated_and_exported_as_such(project: Path)
     made["variants"] = {
         "first": {"speculate": {"medusa": heads}},
         "second": {"speculate": {"medusa": {**heads, "joint": both}}},
-        "third": {"speculate": {"medusa": {**heads, "joint": both}, "tree_nodes": 4}},
+        "third": {"speculate": {"medusa": {**heads, "joint": dict(both)}, "tree_nodes": 4}},
     }
     made |= {"evaluate": RECIPE["evaluate"], "export": ["compressed-tensors", "gguf"]}
     written = completed(project, made)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 DIRECTORY = "optimise"  # of studies, in the store
 _STARTUP = 6
+_DRAWS = 24  # of the sampler, of which it proposes the best
 _ATTEMPTS = 24  # proposals of the sampler that were tried already, before it is passed over
 _MOST = 1e6  # of a violation: databases have no infinity
 _FEW_SLACK = 0.5  # share of a limit that few tokens may miss it by
@@ -217,7 +218,8 @@ class _Search:
         for attempt in range(_ATTEMPTS):
             # Anew for each proposal, so that it follows from the trials and not from earlier draws.
             seed = [self.options.seed, len(self.state.trials), attempt]
-            self.study.sampler = _sampler(int(content_key(seed)[:8], 16))
+            # The best of many draws comes again and again in a small space: then single ones.
+            self.study.sampler = _sampler(int(content_key(seed)[:8], 16), 1 if attempt else _DRAWS)
             trial = self.study.ask()
             choice = self._suggested(trial)
             self.study.tell(trial, state=TrialState.FAIL)  # it is asked again where it is taken
@@ -390,10 +392,10 @@ def _study(store: Store, key: str, seed: int) -> Study:
         ) from error
 
 
-def _sampler(seed: int) -> Any:
+def _sampler(seed: int, draws: int = _DRAWS) -> Any:
     from optuna.samplers import TPESampler
 
-    return TPESampler(seed=seed, multivariate=True, n_startup_trials=1)
+    return TPESampler(seed=seed, multivariate=True, n_startup_trials=1, n_ei_candidates=draws)
 
 
 def _target(measure: Any) -> Target | None:
