@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.errors import RunError
 from compressor.quantize import registry
 
 if TYPE_CHECKING:
@@ -69,19 +70,31 @@ def model_facts(resolved: ResolvedSource) -> ModelFacts:
     from compressor.models.checkpoint import Checkpoint
 
     config = json.loads((resolved.path / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, dict) else config
     checkpoint = Checkpoint(resolved.path)
     sizes: Counter[str] = Counter()
     for name in checkpoint.names:
         sizes[str(checkpoint.dtype(name)).removeprefix("torch.")] += checkpoint.numel(name)
-    hidden = config.get("hidden_size") or config.get("n_embd") or 1
+
+    def count(*names: str, default: int = 1) -> int:
+        given = next((config[name] for name in names if config.get(name)), default)
+        if isinstance(given, bool) or not isinstance(given, int) or not 0 < given < 1 << 40:
+            raise RunError(
+                f"{' or '.join(names)} is no size: {given!r:.40}",
+                where=str(resolved.path / "config.json"),
+                fix="mend it, or download it again",
+            )
+        return given
+
+    hidden = count("hidden_size", "n_embd")
     return ModelFacts(
-        architecture=(config.get("architectures") or [config.get("model_type", "?")])[0],
+        architecture=str((config.get("architectures") or [config.get("model_type", "?")])[0]),
         parameters=sum(checkpoint.numel(name) for name in checkpoint.names),
         hidden=hidden,
-        intermediate=config.get("intermediate_size") or config.get("ffn_dim") or 4 * hidden,
-        layers=config.get("num_hidden_layers") or config.get("n_layer") or 1,
-        vocabulary=config.get("vocab_size", 1),
+        intermediate=count("intermediate_size", "ffn_dim", default=4 * hidden),
+        layers=count("num_hidden_layers", "n_layer"),
+        vocabulary=count("vocab_size"),
         dtype=sizes.most_common(1)[0][0] if sizes else "float32",
         tensors=tuple((name, checkpoint.shape(name)) for name in checkpoint.names),
     )

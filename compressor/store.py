@@ -22,7 +22,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,8 @@ class Store:
             path = self.root / "partial" / key
             path.mkdir(exist_ok=True)
             yield path
+            with suppress(OSError):  # published, or made by another process meanwhile
+                path.rmdir()
 
     @contextmanager
     def lock(self, key: str, *, wait: bool = True) -> Iterator[bool]:

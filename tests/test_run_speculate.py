@@ -103,14 +103,23 @@ def check_tgi(artifacts: Path) -> None:
 def test_medusa_2_is_another_model_evaluated_and_exported_as_such(project: Path) -> None:
     """The model that is trained with its heads is what the artifact holds, the heads fit it, and
     the first stage is that of Medusa-1."""
-    heads = {"heads": 2, **SMALL}
-    both = {"epochs": 1, "batch_size": 4, "learning_rate": 2e-3}
+    dialogue = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "It is a truth universally acknowledged."},
+    ]
+    rows = [json.dumps({"messages": dialogue}) for _ in range(20)]  # so that there is what to learn
+    (project / "dialogues.jsonl").write_text("\n".join(rows))
+    heads = {"heads": 2, "epochs": 2, "batch_size": 4}
+    both = {"epochs": 2, "batch_size": 4, "learning_rate": 0.005}
     made = recipe()
     made["variants"] = {
         "first": {"speculate": {"medusa": heads}},
         "second": {"speculate": {"medusa": {**heads, "joint": both}}},
         "third": {"speculate": {"medusa": {**heads, "joint": dict(both)}, "tree_nodes": 4}},
     }
+    made["speculation"] |= {
+        "prompts": "dialogues.jsonl", "field": "messages", "answers": "given", "output_length": 24,
+    }  # fmt: skip
     made |= {"evaluate": RECIPE["evaluate"], "export": ["compressed-tensors", "gguf"]}
     written = completed(project, made)
     (run,) = (project / "runs" / "recipe").iterdir()
@@ -122,12 +131,11 @@ def test_medusa_2_is_another_model_evaluated_and_exported_as_such(project: Path)
     assert (found["second"]["algorithm"], found["first"]["algorithm"]) == ("medusa-2", None)
     assert found["second"]["speculation"]["evaluations"][-1]["backbone_kl"] > 0
     assert set(found["second"]["speculation"]["seconds"]) >= {"speculate", "joint"}
-    assert 0 < found["second"]["quality"][0]["kl_mean"] < 1
-    assert not found["first"]["quality"]
-    assert {a["verified"] for a in found["second"]["artifacts"] if a["format"] != "medusa"} <= {
-        True,
-        None,
-    }
+    assert rows["joint:second"]["result"]["best_step"] > 0  # else it is the model that it was
+    assert found["second"]["quality"][0]["kl_mean"] > 0
+    assert found["first"]["quality"][0]["kl_mean"] == 0
+    proofs = {a["format"]: a["verification"] for a in found["second"]["artifacts"]}
+    assert proofs["compressed-tensors"]["verified"]
     ids = torch.arange(3, 40)[None]
     artifacts = run / "artifacts"
 

@@ -187,9 +187,10 @@ class CausalLM:
                     trust_remote_code=trust_remote_code,
                     dtype=torch.float32,
                 )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except Exception as error:  # whatever libraries make of such a config
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunError(
-                f"transformers cannot build this model ({str(error).splitlines()[0]})",
+                f"transformers cannot build this model ({first})",
                 where=str(directory / "config.json"),
                 fix="check config.json, or update transformers if the architecture is new",
             ) from error

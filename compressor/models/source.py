@@ -141,6 +141,8 @@ def _directory(
         ) from error
     except ValueError as error:
         raise RunError("config.json is not JSON", where=str(config_file), fix="mend it") from error
+    if not isinstance(config, dict):
+        raise RunError("config.json is no mapping", where=str(config_file), fix="mend it")
     if "quantization_config" in config and not quantized:
         raise RunError(
             "this model is already quantized",
@@ -172,6 +174,8 @@ def _directory(
 def _check_causal(config: dict[str, Any], where: Path, trust_remote_code: bool) -> None:
     """Raise RunError unless transformers knows the config as a causal language model."""
     names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RunError("architectures is no list of names", where=str(where), fix="mend it")
     model_type = str(config.get("model_type"))
     if "auto_map" in config and not trust_remote_code:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES

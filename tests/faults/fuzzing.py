@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, RunError
 
 ROOT = Path(__file__).parent.parent.parent
 # What breaks parsers: numbers at the edges of their types, values of other types, pieces of syntax.
@@ -248,7 +248,8 @@ def verify(directory: Path) -> Target:
         path.chmod(0o644)
         try:
             path.write_bytes(content)
-            check(run)
+            if not check(run).ok:
+                raise RunError("it is told", where=name, fix="")
         finally:
             path.write_bytes(whole)
 

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,11 @@ def _child(job: dict[str, Any]) -> None:
             os.dup2(output, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         if "uid" in job:
+            os.setgroups([])
+            os.setgid(job["uid"])
             os.setuid(job["uid"])
         if "points" in job:
-            _die_at_a_new_point(Path(job["points"]))
+            _die_at_a_new_point(Path(job["points"]), job.get("calls", PUBLISHING))
         if "clock" in job:
             _jump(job["clock"])
         sys.argv = ["compress", *job["arguments"]]
@@ -90,9 +92,9 @@ def _child(job: dict[str, Any]) -> None:
         os._exit(code if isinstance(code, int) else int(code is not None))
 
 
-def _die_at_a_new_point(seen: Path) -> None:
-    """SIGKILL before, and in another run after, the first publishing of a file that no earlier run
-    died at. ``seen`` holds those points, a line each."""
+def _die_at_a_new_point(seen: Path, calls: Sequence[str]) -> None:
+    """SIGKILL before, and in another run after, the first publishing of a file, by one of these
+    calls, that no earlier run died at. ``seen`` holds those points, a line each."""
     known = set(seen.read_text().splitlines()) if seen.exists() else set()
 
     def wrap(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,7 +112,7 @@ def _die_at_a_new_point(seen: Path) -> None:
 
         return wrapped
 
-    for name in PUBLISHING:
+    for name in calls:
         setattr(os, name, wrap(name, getattr(os, name)))
 
 
