@@ -149,7 +149,7 @@ def test_an_unexpected_error_is_one_message_unless_the_traceback_is_asked_for(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a fault of ours")
 
-    monkeypatch.setattr(cli, "_plan", broken)
+    monkeypatch.setattr(cli, "_load", broken)
     monkeypatch.setattr(sys, "argv", ["compress", "plan", "r.yaml"])
     monkeypatch.delenv(cli.TRACEBACK, raising=False)
     with pytest.raises(SystemExit) as stop:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compressor.quality import gate_refusals
+from compressor.store import file_sha256
 from compressor.verify import verify
 from tests import tiny
 from tests.projects import compress
@@ -151,6 +152,12 @@ def test_doubled_scales_of_one_block_fail(project: Path, tmp_path: Path) -> None
                 damaged += 1
         path.unlink()  # a link of the first run's
         save_file(tensors, path)
+        manifest = stored("quantize:int8") / "stage.json"  # as if it had been made like that
+        made = json.loads(manifest.read_text())
+        entry = next(one for one in made["files"] if one["path"] == path.name)
+        entry |= {"sha256": file_sha256(path), "size_bytes": path.stat().st_size}
+        manifest.unlink()
+        manifest.write_text(json.dumps(made))
     assert damaged, [path.name for path in blocks]
     shutil.rmtree(stored("evaluate:int8"))
     done = compress(tmp_path, "run", "r.yaml", "--quiet")

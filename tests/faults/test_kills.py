@@ -17,6 +17,8 @@ from tests.faults.conftest import Undisturbed, project
 from tests.faults.runs import Zygote, killed, stored
 from tests.faults.zygote import PUBLISHING
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
 
 def die_at_every_point(
     zygote: Zygote, directory: Path, calls: tuple[str, ...] = PUBLISHING, limit: int = 10_000

@@ -430,7 +430,8 @@ def test_a_recipe_can_ask_for_it(run: Path, made: Path, hub: Hub, verified: bool
     verify_all(run, verified)
     code = (
         "import sys; from pathlib import Path; from compressor import cli; "
-        "plan = cli._plan(Path(sys.argv[1]), None, None, None); "
+        "loaded = cli._load(Path(sys.argv[1]), None, None); "
+        "plan = cli._plan(loaded, None, None, True); "
         "sys.exit(cli._publish(plan, Path(sys.argv[2]), True))"
     )
     done = subprocess.run(

@@ -41,7 +41,5 @@ def test_weights_that_are_not_stored_as_they_are_trained_are_refused(tmp_path: P
     opened = CausalLM.open(tiny.build("llama", tmp_path / "source"))
     model = opened.load_full(torch.float32)
     model.model.joined = torch.nn.Parameter(torch.zeros(2, 3, 3))
-    with pytest.raises(
-        RunError, match=r"stored otherwise than they are trained, such as model\.jo"
-    ):
+    with pytest.raises(RunError, match="stored otherwise than they are trained"):
         trained_tensors(opened, model)

@@ -55,10 +55,10 @@ def gguf_file_type(path: Path) -> str | None:
 
     from compressor.models.gguf_file import open_gguf
 
-    field = open_gguf(path).get_field("general.file_type")
     try:
+        field = open_gguf(path).get_field("general.file_type")
         name = LlamaFileType(field.contents()).name if field else None
-    except ValueError:  # a type that is newer than the library
+    except (RunError, ValueError):  # not read here, or of a type that is newer than the library
         return None
     return name.removeprefix("MOSTLY_").removeprefix("ALL_") if name else None
 
