@@ -67,6 +67,18 @@ def kill_at(process: subprocess.Popen[bytes], store: Store, key: str, after: flo
     process.wait()
 
 
+def finished(process: subprocess.Popen[bytes], store: Store, key: str) -> StoredStage:
+    """The stage, once a run that is left alone has made it; the rest is not waited for."""
+    while (found := store.get(key)) is None:
+        if process.poll() is not None:
+            raise SystemExit(f"the run that was left alone ended with exit code {process.poll()}")
+        time.sleep(0.2)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return found
+
+
 def _newest(directory: Path) -> int:
     return max(path.stat().st_mtime_ns for path in [directory, *directory.rglob("*")])
 
@@ -105,10 +117,7 @@ def main() -> None:
         for _ in range(arguments.kills):
             kill_at(run(arguments.recipe, copy, output), copy, stage.key, arguments.after)
             record["killed_after_seconds"].append(arguments.after)
-        code = run(arguments.recipe, copy, output).wait()
-        resumed = copy.get(stage.key)
-        if resumed is None:
-            raise SystemExit(f"the run that was left alone ended with exit code {code}")
+        resumed = finished(run(arguments.recipe, copy, output), copy, stage.key)
         ours, theirs = hashes(undisturbed), hashes(resumed)
     record["files"] = ours
     record["differ"] = sorted(n for n in ours | theirs if ours.get(n) != theirs.get(n))

@@ -69,6 +69,7 @@ def test_float8_and_its_cache_from_recipe_to_report(project: Path) -> None:
     assert cached["quantize:fp8"]
 
 
+@pytest.mark.slow
 def test_a_quantized_output_layer_is_evaluated_exported_and_measured(project: Path) -> None:
     recipe = json.loads(json.dumps(RECIPE))
     int4 = RECIPE["variants"]["int4"]["quantize"]
@@ -113,6 +114,7 @@ def test_a_quantized_output_layer_is_evaluated_exported_and_measured(project: Pa
         assert any(named) is ("lm_head" in of)
 
 
+@pytest.mark.slow
 def test_gguf_embeddings_are_rounded_in_variants_and_the_report_says_so(project: Path) -> None:
     recipe = json.loads(json.dumps(RECIPE))
     recipe["variants"] = {"int4": RECIPE["variants"]["int4-rtn"]}
@@ -135,6 +137,7 @@ def test_gguf_embeddings_are_rounded_in_variants_and_the_report_says_so(project:
         assert verify(run).ok
 
 
+@pytest.mark.slow
 def test_bitsandbytes_variants_from_recipe_to_report(project: Path) -> None:
     recipe = json.loads(json.dumps(RECIPE))
     del recipe["calibration"]
