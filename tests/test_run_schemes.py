@@ -6,6 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
 from safetensors import safe_open
 
 from compressor.verify import verify
