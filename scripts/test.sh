@@ -21,6 +21,7 @@ bash scripts/setup_chromium.sh >/dev/null ||
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
+[[ -z $slow ]] || bash scripts/audit.sh
 export HF_HUB_OFFLINE=1
 pytest() {
   local code=0
