@@ -17,11 +17,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+from records import write_record
 from safetensors.torch import load_file, save_file
 
 DAMAGED = ("doubled", "two-bit")  # must fail
@@ -89,18 +89,13 @@ def main() -> int:
         (found,) = Path(scratch).glob("runs/*/*/report/report.json")
         report = json.loads(found.read_text(encoding="utf-8"))
     made = {name: figures(report, name) for name in (SAME, "intact", *DAMAGED)}
-    record = {
-        "command": " ".join(["python", *sys.argv]),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": report["environment"]["cpu"],
+    facts = {
         "exit_code": done.returncode,
         "block": arguments.block,
         "linears_doubled": linears,
         "variants": made,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record, indent=1))
+    print(write_record(arguments.output, report["environment"]["cpu"], facts), end="")
     told = not any(made[name]["passed"] for name in DAMAGED)
     return int(not (told and made[SAME]["passed"] and done.returncode == 3))
 

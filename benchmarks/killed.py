@@ -10,7 +10,6 @@ every file is compared with those of the run that nothing disturbed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -19,11 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
+from records import write_record
 
 from compressor.plan import make_plan
 from compressor.recipe import load_recipe
@@ -103,10 +102,7 @@ def main() -> None:
     undisturbed = store.get(stage.key)
     if undisturbed is None:
         raise SystemExit(f"{stage.name} is not in the store: run the recipe first")
-    record: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {psutil.cpu_count()} CPUs",
+    facts: dict[str, Any] = {
         "stage": stage.name,
         "seconds_undisturbed": undisturbed.manifest["seconds"],
         "killed_after_seconds": [],
@@ -116,14 +112,13 @@ def main() -> None:
         output = Path(scratch) / "runs"
         for _ in range(arguments.kills):
             kill_at(run(arguments.recipe, copy, output), copy, stage.key, arguments.after)
-            record["killed_after_seconds"].append(arguments.after)
+            facts["killed_after_seconds"].append(arguments.after)
         resumed = finished(run(arguments.recipe, copy, output), copy, stage.key)
         ours, theirs = hashes(undisturbed), hashes(resumed)
-    record["files"] = ours
-    record["differ"] = sorted(n for n in ours | theirs if ours.get(n) != theirs.get(n))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record, indent=1))
+    facts["files"] = ours
+    facts["differ"] = sorted(n for n in ours | theirs if ours.get(n) != theirs.get(n))
+    machine = f"{platform.machine()}, {psutil.cpu_count()} CPUs"
+    print(write_record(arguments.output, machine, facts), end="")
 
 
 if __name__ == "__main__":

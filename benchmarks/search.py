@@ -12,15 +12,14 @@ counted for both.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+from records import write_record
 
 from compressor.doctor import cpu_name
 from compressor.optimise import trials
@@ -103,10 +102,7 @@ def main() -> int:
     seconds = sum(found.runner.seconds.values())
     ranked = [record.name for _, record in found.ranked]
     by_name = {row["name"]: row for row in every["candidates"]}
-    record = {
-        "command": " ".join(["python", *sys.argv]),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": cpu_name(),
+    facts = {
         "max_loss": arguments.max_loss,
         "search": {
             "winner": ranked[0] if ranked else None,
@@ -121,11 +117,10 @@ def main() -> int:
         "winner_in_exhaustive": by_name.get(ranked[0]) if ranked else None,
         "time_share": seconds / every["seconds"],
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    short = {key: record[key] for key in ("same_winner", "time_share")}
+    write_record(arguments.output, cpu_name(), facts)
+    short = {key: facts[key] for key in ("same_winner", "time_share")}
     print(short, ranked[:1], every["winner"], f"{seconds:.0f} s / {every['seconds']:.0f} s")
-    return int(not record["same_winner"])
+    return int(not facts["same_winner"])
 
 
 if __name__ == "__main__":

@@ -128,7 +128,6 @@ def run(
 
         parse_address(on)
     from compressor.progress import make_progress
-    from compressor.report.terminal import closing
     from compressor.run import execute
 
     loaded = _load(recipe, output, only)
@@ -150,10 +149,7 @@ def run(
         if not force:
             found.check()
     result = execute(plan, make_progress(quiet), on=on)
-    if not quiet:
-        console = Console()
-        console.print(closing(result.report))
-        console.print(f"report: {result.run_dir / 'report' / 'index.html'}", soft_wrap=True)
+    _show(result, quiet)
     _ended(plan, result, quiet)
 
 
@@ -197,14 +193,10 @@ def _optimise(loaded: Recipe, store: Store, quiet: bool, write: Path | None = No
     from compressor.optimise.job import optimise as search
     from compressor.optimise.job import write_recipe
     from compressor.progress import make_progress
-    from compressor.report.terminal import closing
 
     made = search(loaded, store, make_progress(quiet))
     run_dir, record = made.result.run_dir, made.record
-    if not quiet:
-        console = Console()
-        console.print(closing(made.result.report))
-        console.print(f"report: {run_dir / 'report' / 'index.html'}", soft_wrap=True)
+    _show(made.result, quiet)
     typer.echo(record.sentence)
     if record.chosen is None:
         raise typer.Exit(GATE_FAILED)
@@ -217,6 +209,17 @@ def _optimise(loaded: Recipe, store: Store, quiet: bool, write: Path | None = No
             ) from error
     if made.plan.recipe.publish and _publish(made.plan, run_dir, quiet):
         raise typer.Exit(1)
+
+
+def _show(result: RunResult, quiet: bool) -> None:
+    """The run's figures in short, and where its report lies."""
+    if quiet:
+        return
+    from compressor.report.terminal import closing
+
+    console = Console()
+    console.print(closing(result.report))
+    console.print(f"report: {result.run_dir / 'report' / 'index.html'}", soft_wrap=True)
 
 
 def _ended(plan: Plan, result: RunResult, quiet: bool) -> None:

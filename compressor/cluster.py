@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import CompressorError, RecipeError, RunError
+from compressor.errors import CompressorError, RecipeError, RunError, first_line
 from compressor.plan import BASELINE, Plan, Stage
 from compressor.progress import Progress
 from compressor.store import Store
@@ -85,8 +85,9 @@ def _connect(address: str | None) -> Any:
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **own)
     except Exception as error:  # Ray raises a dozen unrelated types here
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RunError(f"no cluster: {first}", where=f"--on ray={address}", fix=_FIX) from error
+        raise RunError(
+            f"no cluster: {first_line(error)}", where=f"--on ray={address}", fix=_FIX
+        ) from error
     return ray
 
 
@@ -175,8 +176,7 @@ class _Driver:
         try:
             error = self.ray.get(ref)
         except Exception as lost:  # the worker was lost once too often, or of a fault of ours
-            first = (str(lost).strip() or type(lost).__name__).splitlines()[0]
-            error = {"what": f"{stage.name}: lost on the cluster: {first}"}
+            error = {"what": f"{stage.name}: lost on the cluster: {first_line(lost)}"}
         if error is None:
             if self.plan.store.get(key) is None:
                 raise RunError(

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compressor.errors import RunError
-from compressor.record import OPTIMISE, STAGES
+from compressor.optimise.record import DIRECTORY
+from compressor.record import LOG, OPTIMISE, STAGES
 from compressor.store import Store
 
-LOG = "log.jsonl"
-SEARCHES = "optimise"  # directory in the store: logs of searches, which may go on
 _KEY = re.compile(r'"([0-9a-f]{64})"')
 
 
@@ -51,7 +50,7 @@ def collect(store: Store, runs: Iterable[Path], *, dry_run: bool = False) -> Fre
     Raises:
         RunError: there is no such directory, or a file of a run cannot be read.
     """
-    wanted = set(_named(store.root / SEARCHES, ("*.jsonl",)))
+    wanted = set(_named(store.root / DIRECTORY, ("*.jsonl",)))  # searches, which may go on
     for directory in runs:
         if not directory.is_dir():
             raise RunError(
@@ -62,20 +61,20 @@ def collect(store: Store, runs: Iterable[Path], *, dry_run: bool = False) -> Fre
         wanted |= set(_named(directory, (f"**/{LOG}", f"**/{STAGES}", f"**/{OPTIMISE}")))
     every = list(store.root.glob("objects/*/*"))
     kept = sum(path.name in wanted for path in every)
-    sizes = {
-        kind: _free(store, [path for path in paths if path.name not in wanted], dry_run)
-        for kind, paths in (("stages", every), ("partial", store.root.glob("partial/*")))
-    }
+    stages = _free(store, every, wanted, dry_run)
+    unfinished = _free(store, store.root.glob("partial/*"), wanted, dry_run)
     if not dry_run:
         _remove_locks(store)
-    freed = sum(map(sum, sizes.values()))
-    return Freed(len(sizes["stages"]), len(sizes["partial"]), freed, kept)
+    return Freed(len(stages), len(unfinished), sum(stages) + sum(unfinished), kept)
 
 
-def _free(store: Store, paths: Iterable[Path], dry_run: bool) -> list[int]:
-    """Remove directories of stages that nobody is making; the bytes of each."""
+def _free(store: Store, paths: Iterable[Path], wanted: set[str], dry_run: bool) -> list[int]:
+    """Remove those directories of stages that are not wanted, and that nobody is making; the bytes
+    of each."""
     sizes = []
     for path in paths:
+        if path.name in wanted:
+            continue
         with store.lock(path.name, wait=False) as held:
             if held:
                 sizes.append(_bytes(path))

@@ -511,12 +511,13 @@ class _Builder:
         Returns:
             the export; none of prompt lookup.
         """
-        speculate = self.recipe.variants[name].speculate
+        variant = self.recipe.variants[name]
+        speculate, joint = variant.speculate, variant.joint is not None
         assert speculate is not None
         settings, tried = self._speculation()
         local = {"base_dir": self.recipe.base_dir}
         config = _method(speculate)
-        learned, trained = list(learned), bool(learned)
+        learned = list(learned)
         exports: list[str] = []
         facts = self.facts
         if (draft := speculate.draft) is not None:
@@ -524,8 +525,8 @@ class _Builder:
             if draft.model is not None:
                 given, facts = self._given_draft(name, draft.model, draft.revision, baseline)
                 learned.append(given)
-        taught = own if speculate.trained_on == "variant" or trained else baseline
-        if speculate.is_trained and not trained:
+        taught = own if speculate.trained_on == "variant" or joint else baseline
+        if speculate.is_trained and not joint:
             learned += self._train(name, settings, taught, learned, facts)
         if speculate.draft_steps:
             learned.append(self._quantize_draft(name, learned, facts))

@@ -648,12 +648,7 @@ class Evaluate(_Section):
         """No limit is set on what is not evaluated."""
         limits = self.gate.limits if self.gate is not None else {}
         for metric in limits:
-            missing = ""
-            if metric in NEED_TASKS and not self.tasks:
-                missing = "tasks"
-            elif metric == "drift" and self.drift is None:
-                missing = "drift"
-            if missing:
+            if missing := self.lacks(metric):
                 raise PydanticCustomError(
                     "gate",
                     "the limit on {metric} needs `evaluate.{missing}:`: add that, or remove it",
@@ -664,6 +659,12 @@ class Evaluate(_Section):
                     },
                 )
         return self
+
+    def lacks(self, metric: str) -> str:
+        """The key without which a limit on a metric cannot be judged; empty where it is there."""
+        if metric in NEED_TASKS and not self.tasks:
+            return "tasks"
+        return "drift" if metric == "drift" and self.drift is None else ""
 
     @field_validator("texts")
     @classmethod
@@ -1093,18 +1094,9 @@ class Recipe(_Section):
             raise refuse("the limits need an `evaluate:` section in the recipe", "subject_to")
         limits = found.subject_to
         for metric in limits.limits:
-            if metric in NEED_TASKS and not self.evaluate.tasks:
-                missing = "tasks"
-            elif metric == "drift" and self.evaluate.drift is None:
-                missing = "drift"
-            else:
-                continue
-            raise refuse(
-                f"the limit on {metric} needs `evaluate.{missing}:`",
-                "subject_to",
-                "metrics",
-                metric,
-            )
+            if missing := self.evaluate.lacks(metric):
+                why = f"the limit on {metric} needs `evaluate.{missing}:`"
+                raise refuse(why, "subject_to", "metrics", metric)
         if not set(limits.limits) & set(SEARCHED):
             raise refuse(
                 "one of the limits must be of the evaluation, such as max_loss: tasks are looked "
@@ -1166,7 +1158,7 @@ class Recipe(_Section):
     @classmethod
     def variant_type(cls) -> type[Variant]:
         """The type of this recipe's variants."""
-        made = next(t for t in models_in(cls.model_fields["variants"].annotation))
+        made = next(models_in(cls.model_fields["variants"].annotation))
         assert issubclass(made, Variant)
         return made
 

@@ -50,7 +50,7 @@ from compressor.store import (
 MANIFEST, EXPORTS = "MANIFEST.sha256", "exports"
 MEDUSA_2 = "medusa-2"  # the algorithm of a model that was trained on with its heads
 LOCK, RUN, ENVIRONMENT, PLAN = "recipe.lock.yaml", "run.json", "environment.json", "plan.json"
-STAGES, LEDGER = "stages.json", "ledger.json"
+STAGES, LEDGER, LOG = "stages.json", "ledger.json", "log.jsonl"
 OPTIMISE, OPTIMISED = "optimise.json", "optimised.yaml"
 RECORD = (LOCK, RUN, ENVIRONMENT, PLAN, STAGES, LEDGER, OPTIMISE)
 _IN_SHORT = ("name", "kind", "variant", "key", "seconds", "peak_rss_bytes", "cached")

@@ -20,6 +20,7 @@ from compressor import __version__
 from compressor.errors import CompressorError, RunError
 from compressor.plan import BASELINE, Plan, Stage, code_version
 from compressor.progress import Progress
+from compressor.record import LOG
 from compressor.stages import FUNCTIONS, Context
 from compressor.store import Store, StoredStage, content_key, write_atomic
 
@@ -74,7 +75,7 @@ def execute(
     """
     plan.check_disk()
     run_dir = _run_directory(plan)
-    log = run_dir / "log.jsonl"
+    log = run_dir / LOG
     outcome = _Outcome({}, set(), {})
     if on is not None:
         from compressor.cluster import parse_address, spread

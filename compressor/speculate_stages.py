@@ -279,9 +279,9 @@ def proposers(context: Context, model: Any) -> dict[str, Proposer]:
     (chain, tree)."""
     import torch
 
-    from compressor.models.head import last_hidden
     from compressor.speculate.corpus import Corpus
     from compressor.speculate.features import Features
+    from compressor.speculate.medusa import current_states
     from compressor.speculate.options import OPTIONS
     from compressor.speculate.pipeline import make_proposers, measured_tree
 
@@ -291,13 +291,11 @@ def proposers(context: Context, model: Any) -> dict[str, Proposer]:
     def tree(heads: MedusaHeads) -> Tree:
         corpus = Corpus.load(context.need("corpus").path)
         features = Features.open(context.need("features").path)
-        device = next(model.parameters()).device
 
         def now(row: int) -> torch.Tensor:
             """States of the target as it became; its features are of before."""
-            ids = torch.from_numpy(corpus.row(row).astype("int64")).to(device)
             with torch.no_grad():
-                return last_hidden(model, ids.unsqueeze(0))[0]
+                return current_states(model, corpus, [row])(row)
 
         states = now if context.find("joint") else features.hidden
         return measured_tree(heads, corpus, states, c["tree_nodes"])
@@ -391,15 +389,10 @@ def target(context: Context) -> Any:
     """The model of the stage, in float32: what the variant has become of the baseline."""
     import torch
 
-    from compressor.models.architecture import CausalLM
     from compressor.stages import quantized_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    quantized = context.quantized
-    if quantized is not None:
-        model: Any = quantized_model(context.model_dir, quantized, device)
-    else:
-        model = CausalLM.open(context.model_dir).load_full(torch.float32, device)
+    model = quantized_model(context.model_dir, context.quantized, device)
     return model.eval().requires_grad_(False)
 
 
@@ -426,16 +419,15 @@ def _draft_dir(context: Context) -> Path:
 
 def _draft_model(context: Context, target: Any) -> Any:
     """The draft, quantized where it is, on the target's device and in its dtype."""
-    from compressor.models.architecture import CausalLM
     from compressor.stages import quantized_model
 
     embeddings = target.get_input_embeddings().weight
-    directory, quantized = _draft_dir(context), context.find("quantize-draft")
-    if quantized is not None:
-        device = embeddings.device.type
-        made: Any = quantized_model(directory, quantized, device, embeddings.dtype)
-    else:
-        made = CausalLM.open(directory).load_full(embeddings.dtype, embeddings.device)
+    made = quantized_model(
+        _draft_dir(context),
+        context.find("quantize-draft"),
+        embeddings.device.type,
+        embeddings.dtype,
+    )
     return made.eval().requires_grad_(False)
 
 

@@ -608,12 +608,10 @@ def verify(context: Context) -> dict[str, Any]:
     Raises:
         RunError: it does not load, or something else is computed from it.
     """
-    import torch
 
     from compressor.data.sources import load_texts
     from compressor.data.tokens import prompt_tokens
     from compressor.export import verify as proof
-    from compressor.models.architecture import CausalLM
 
     exported, quantized = context.need("export"), context.quantized
     fmt, directory = exported.result["format"], exported.path / "artifact"
@@ -627,10 +625,7 @@ def verify(context: Context) -> dict[str, Any]:
         for text in texts[: context.config["prompts"]]
     ]
     with context.progress.task(f"verify {context.stage.variant}, {fmt}", None):
-        if quantized is not None:
-            model: Any = quantized_model(context.model_dir, quantized, "cpu")
-        else:
-            model = CausalLM.open(context.model_dir).load_full(torch.float32, "cpu")
+        model = quantized_model(context.model_dir, quantized, "cpu")
         reference = proof.make_reference(model, prompts, context.config["tokens"])
         del model
         found = proof.verify_artifact(
@@ -912,10 +907,17 @@ def _scale_dtype(load: StoredStage) -> Any:
 
 
 def quantized_model(
-    directory: Path, quantized: StoredStage, device: str, dtype: Any = None
-) -> nn.Module:
+    directory: Path, quantized: StoredStage | None, device: str, dtype: Any = None
+) -> Any:
     """The variant as the engine computes it: dequantized weights, activations and cache rounded;
-    in float32 if no dtype is given."""
+    in float32 if no dtype is given.
+
+    Args:
+        directory: checkpoint that the variant was made of.
+        quantized: what it has become (`Context.quantized`); None: the checkpoint as it is.
+        device: of the model.
+        dtype: of what is not quantized, and of activations.
+    """
     from functools import partial
 
     import torch
@@ -929,6 +931,8 @@ def quantized_model(
     from compressor.quantize.codes import kv_scales, replace_linears, replaced_tensors
 
     dtype = dtype or torch.float32
+    if quantized is None:
+        return CausalLM.open(directory).load_full(dtype, device)
     if quantized.result.get("dense"):
         return CausalLM.open(quantized.path / "checkpoint").load_full(dtype, device)
     model = CausalLM.open(directory)

@@ -26,15 +26,11 @@ def tasks(context: Context) -> dict[str, Any]:
     from compressor.quantize.stream import calibration_dtype
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    quantized = context.quantized
     loaded = _loaded(context)  # before the model: data that is missing is found sooner
-    opened = CausalLM.open(context.model_dir)
-    wanted = context.config["dtype"]
-    dtype = getattr(torch, wanted, None) or calibration_dtype(opened.config.dtype, device)
-    if quantized is None:
-        model = opened.load_full(dtype, device)
-    else:
-        model = stages.quantized_model(context.model_dir, quantized, device, dtype)
+    dtype = getattr(torch, context.config["dtype"], None)
+    if dtype is None:
+        dtype = calibration_dtype(CausalLM.open(context.model_dir).config.dtype, device)
+    model = stages.quantized_model(context.model_dir, context.quantized, device, dtype)
     if (context.model_dir / "generation_config.json").is_file():
         # As a served model has it: some repeat less by it.
         model.generation_config = GenerationConfig.from_pretrained(context.model_dir)

@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from compressor.doctor import cpu_name
 from tests.faults.conftest import WHOLE, Undisturbed, project
 from tests.faults.fuzzing import TARGETS
-from tests.faults.runs import Zygote, stored
-from tests.faults.test_disk import NOBODY, flip
+from tests.faults.runs import NOBODY, Zygote, let_nobody_read, small_disk, stored
+from tests.faults.test_disk import flip
 from tests.faults.test_kills import die_at_every_point, die_at_random
 
 ROOT = Path(__file__).parent.parent
@@ -122,26 +122,20 @@ class Faults:
         for size in sizes:
             directory = self.new()
             place = directory / "disk"
-            place.mkdir()
-            mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", str(place)]
-            if subprocess.run(mount, capture_output=True).returncode:
-                return [row("full disk", 0, "not tried: nothing may be mounted here")]
-            try:
+            with small_disk(place, size) as mounted:
+                if not mounted:
+                    return [row("full disk", 0, "not tried: nothing may be mounted here")]
                 arguments = ("run", "recipe.yaml", "--store", str(place / "store"), "--force")
                 code, printed = self.zygote.run(directory, *arguments)
                 assert code == 1 and "fix:" in printed and "Traceback" not in printed, printed
                 assert "unexpected" not in printed, printed
                 shutil.copytree(place / "store", directory / ".compressor")
-            finally:
-                subprocess.run(["umount", "-l", str(place)], check=True)
             stored(directory)
             self.finish(directory)
         rows.append(row("full disk (200 kB to 3 MB)", len(sizes), "one error, then same hashes"))
         if os.getuid() == 0:
             directory = self.new()
-            (directory / "printed").touch()
-            for path in (directory, *directory.parents):
-                path.chmod(path.stat().st_mode | 0o005)
+            let_nobody_read(directory)
             code, printed = self.zygote.run(directory, uid=NOBODY)
             assert code == 1 and "cannot write the store" in printed, printed
             rows.append(row("store that cannot be written", 1, "one error"))

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from compressor.doctor import gptqmodel_python, vllm_python
-from compressor.errors import RunError
+from compressor.errors import RunError, first_line
 
 GGUF_FILE = "model.gguf"
 _PROGRAM = Path(__file__).parent / "consumers" / "gptqmodel_logits.py"
@@ -246,7 +246,7 @@ def _by_transformers(
         OSError, ValueError, ImportError, RuntimeError, AttributeError, KeyError, TypeError,
         NotImplementedError, AssertionError, SafetensorError,
     ) as error:  # fmt: skip
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         if fmt in ("safetensors", "bitsandbytes"):  # nothing else than this reads them
             return _failed("transformers", version("transformers"), first)
         raise _CannotRead(f"{name} cannot read it ({first})") from error

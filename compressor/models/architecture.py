@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor.errors import RunError
+from compressor.errors import RunError, first_line
 from compressor.models.attention import use_chunked_causal
 from compressor.models.checkpoint import Checkpoint
 from compressor.models.experts import UnfusedExperts, is_fused
@@ -188,9 +188,8 @@ class CausalLM:
                     dtype=torch.float32,
                 )
         except Exception as error:  # whatever libraries make of such a config
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunError(
-                f"transformers cannot build this model ({first})",
+                f"transformers cannot build this model ({first_line(error)})",
                 where=str(directory / "config.json"),
                 fix="check config.json, or update transformers if the architecture is new",
             ) from error

@@ -211,6 +211,13 @@ def drop_unfinished(directory: Path) -> None:
     shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
 
 
+def copy_others(source: Path, target: Path) -> None:
+    """Copy what lies beside a checkpoint's weights: config, tokenizer and so on."""
+    for path in source.iterdir():
+        if path.is_file() and ".safetensors" not in path.name:
+            shutil.copyfile(path, target / path.name)
+
+
 class TensorWriter:
     """Writes tensors as they come, with one shard in memory; equal input gives equal bytes.
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import RunError
+from compressor.errors import RunError, first_line
 from compressor.models.shapes import is_router
 
 _STATELESS = ("linear_attention", "mamba", "conv", "recurrent")
@@ -127,9 +127,8 @@ def read_dimensions(
     except RunError:
         raise
     except Exception as error:  # transformers and the Hub's client raise what they like
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(
-            f"its config cannot be read: {first}",
+            f"its config cannot be read: {first_line(error)}",
             where=source,
             fix="give a Hub id, a directory with config.json, or a GGUF file, of a causal model",
         ) from error

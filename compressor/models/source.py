@@ -117,9 +117,9 @@ def _in_package(source: str) -> tuple[Path, list[Path]]:
 
 
 def _gguf(source: str, path: Path, licences: list[Path]) -> ResolvedSource:
-    from compressor.models.gguf_file import open_gguf
+    from compressor.models.gguf_file import check_gguf
 
-    open_gguf(path)
+    check_gguf(path)
     return ResolvedSource("gguf", path, None, source, [path], licences)
 
 

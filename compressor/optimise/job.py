@@ -19,8 +19,14 @@ import yaml
 from compressor.errors import CompressorError
 from compressor.optimise import trials as tried
 from compressor.optimise.options import MEASURED, Optimise
-from compressor.optimise.record import Finalist, ProxyErrors, SearchRecord, TrialRecord
-from compressor.optimise.search import DIRECTORY, Found, median_error, rank_correlation, search
+from compressor.optimise.record import (
+    DIRECTORY,
+    Finalist,
+    ProxyErrors,
+    SearchRecord,
+    TrialRecord,
+)
+from compressor.optimise.search import Found, search
 from compressor.optimise.space import Candidate
 from compressor.plan import BASELINE, Plan, make_plan
 from compressor.progress import Progress
@@ -272,13 +278,29 @@ def _errors(records: Sequence[TrialRecord], finalists: Sequence[Finalist]) -> Pr
         if f.loss is not None and f.search_loss is not None
     ]
     return ProxyErrors(
-        objective=median_error(objective),
-        rank_objective=rank_correlation(objective),
-        rank_predicted=rank_correlation([(a, b) for a, b in seen if b is not None]),
+        objective=_median_error(objective),
+        rank_objective=_rank_correlation(objective),
+        rank_predicted=_rank_correlation([(a, b) for a, b in seen if b is not None]),
         few=_difference(few),
-        rank_few=rank_correlation(few),
+        rank_few=_rank_correlation(few),
         held_out=_difference(held),
     )
+
+
+def _median_error(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Median of |estimate / measured - 1|."""
+    found = [abs(estimate / measured - 1) for estimate, measured in pairs if measured]
+    return statistics.median(found) if found else None
+
+
+def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Spearman's; None below three pairs, or where one side is all the same."""
+    from scipy.stats import spearmanr
+
+    first, second = {a for a, _ in pairs}, {b for _, b in pairs}
+    if len(pairs) < 3 or len(first) < 2 or len(second) < 2:
+        return None
+    return float(spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic)
 
 
 def _difference(pairs: Sequence[tuple[float, float]]) -> float | None:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from compressor.optimise.options import Objective
 
+DIRECTORY = "optimise"  # of studies and logs of searches, in the store
 Reached = Literal["failed", "proxies", "few", "full", "measured"]
 
 

@@ -13,7 +13,6 @@ and time is what stages took when they ran: a search that was interrupted ends w
 
 from __future__ import annotations
 
-import statistics
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.errors import CompressorError, RunError
+from compressor.errors import CompressorError, RunError, first_line
 from compressor.measure.devices import Device, devices, this_device
 from compressor.models.dimensions import read_dimensions
 from compressor.models.shapes import linear_shapes
@@ -29,7 +28,7 @@ from compressor.numerics.scheme import Scheme
 from compressor.optimise import trials as run
 from compressor.optimise.options import MEASURED
 from compressor.optimise.proxies import Proxies
-from compressor.optimise.record import TrialRecord
+from compressor.optimise.record import DIRECTORY, TrialRecord
 from compressor.optimise.space import Candidate, CandidateSpace
 from compressor.optimise.state import Pooled, State, keeps
 from compressor.optimise.trials import Trials
@@ -42,7 +41,6 @@ from compressor.support import Target
 if TYPE_CHECKING:
     from optuna import Study
 
-DIRECTORY = "optimise"  # of studies, in the store
 _STARTUP = 6
 _DRAWS = 24  # of the sampler, of which it proposes the best
 _ATTEMPTS = 24  # proposals of the sampler that were tried already, before it is passed over
@@ -384,9 +382,8 @@ def _study(store: Store, key: str, seed: int) -> Study:
             load_if_exists=True,
         )
     except Exception as error:  # of SQLite, SQLAlchemy or Alembic
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(
-            f"the search's record cannot be used: {first}",
+            f"the search's record cannot be used: {first_line(error)}",
             where=str(path),
             fix="delete that file: trials are then taken from the store again",
         ) from error
@@ -415,19 +412,3 @@ def _cpus() -> int:
     from compressor.measure.runner import available_cpus
 
     return available_cpus()
-
-
-def median_error(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Median of |estimate / measured - 1|."""
-    found = [abs(estimate / measured - 1) for estimate, measured in pairs if measured]
-    return statistics.median(found) if found else None
-
-
-def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Spearman's; None below three pairs, or where one side is all the same."""
-    from scipy.stats import spearmanr
-
-    first, second = {a for a, _ in pairs}, {b for _, b in pairs}
-    if len(pairs) < 3 or len(first) < 2 or len(second) < 2:
-        return None
-    return float(spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic)

@@ -90,7 +90,7 @@ def metadata(artifact: Artifact) -> ModelCardData:
     tags = [artifact.format, *schemes, *steps]
     if artifact.speculates:
         tags = [artifact.format, "speculative-decoding"]
-    quantized = not artifact.speculates and facts["coverage"] is not None
+    quantized = _relation(artifact) == "quantized"
     results = [] if artifact.speculates else _results(artifact)
     return ModelCardData(
         base_model=artifact.base_model,
@@ -103,14 +103,14 @@ def metadata(artifact: Artifact) -> ModelCardData:
         tags=["compressor", *(["quantized"] if quantized else []), *tags],
         model_name=title(artifact) if results else None,
         eval_results=results or None,
-        base_model_relation=_relation(artifact),
+        base_model_relation=_relation(artifact) if artifact.base_model else None,
         **origin.get("gate", {}),
     )
 
 
 def _relation(artifact: Artifact) -> str | None:
-    """What the Hub is to call it beside its base model; None where it is that, or none is known."""
-    if artifact.speculates or artifact.base_model is None:
+    """What the Hub calls it beside its base model; None where it is that, or a speculator."""
+    if artifact.speculates:
         return None
     if artifact.facts["algorithm"] == MEDUSA_2:
         return "finetune"

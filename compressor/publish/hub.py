@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor import __version__
-from compressor.errors import CompressorError, RunError
+from compressor.errors import CompressorError, RunError, first_line
 from compressor.export.artifact import SUMS
 from compressor.progress import Progress
 from compressor.publish.push import MAIN, Push, PushFile, Upload, check_files
@@ -182,7 +182,7 @@ def _explained(repo: str, token: str) -> Iterator[None]:
             made = _answer(answered, repo, token)
         else:
             made = RunError(
-                f"the upload broke off: {_clean(_first_line(lost), token)}",
+                f"the upload broke off: {_clean(first_line(lost), token)}",
                 where=repo,
                 fix="run the same command again: what has arrived is not sent again",
             )
@@ -201,7 +201,7 @@ def _causes(error: BaseException) -> list[BaseException]:
 def _answer(error: Any, repo: str, token: str) -> RunError:
     """A refusal of the Hub in words."""
     status = error.response.status_code if error.response is not None else None
-    said = _clean(getattr(error, "server_message", None) or _first_line(error), token)
+    said = _clean(getattr(error, "server_message", None) or first_line(error), token)
     if status == 401:
         return RunError(
             "the Hub does not know this access token",
@@ -224,11 +224,6 @@ def _answer(error: Any, repo: str, token: str) -> RunError:
         where=repo,
         fix="run the same command again: what has arrived is not sent again",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _clean(text: str, token: str) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +25,7 @@ from torch import nn
 
 from compressor.errors import RunError
 from compressor.models.architecture import CausalLM, is_router
-from compressor.models.checkpoint import TensorWriter
+from compressor.models.checkpoint import TensorWriter, copy_others
 from compressor.quantize.registry import AlgorithmOptions, register
 
 _WRITERS = frozenset({"o_proj", "down_proj", "dense", "w2", "out_proj", "c_proj", "fc2"})
@@ -181,9 +180,7 @@ def rotate_checkpoint(
         if key not in written:
             write(key, source.tensor(key, source.dtype(key)), source.dtype(key))
     writer.close()
-    for path in source.directory.iterdir():
-        if path.is_file() and ".safetensors" not in path.name:
-            shutil.copyfile(path, directory / path.name)
+    copy_others(source.directory, directory)
     config = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
     config["tie_word_embeddings"] = False
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from compressor.errors import RunError
-from compressor.models.head import Head
+from compressor.models.head import CausalModel, Head, last_hidden
 from compressor.speculate.chains import chain_figures
 from compressor.speculate.corpus import Corpus, Part
 from compressor.speculate.features import Features
@@ -241,6 +241,14 @@ def trainable(corpus: Corpus) -> list[int]:
             fix="hold out some samples: when to stop is decided on them",
         )
     return [row for row in corpus.rows("train") if places(corpus, row)]
+
+
+def current_states(model: CausalModel, corpus: Corpus, rows: Sequence[int]) -> States:
+    """Hidden states of these samples by the model as it is, all in one pass."""
+    longest = int(corpus.lengths[list(rows)].max())
+    ids = torch.from_numpy(corpus.tokens[list(rows), :longest].astype("int64"))
+    made = last_hidden(model, ids.to(next(model.parameters()).device))
+    return {row: made[i, : corpus.lengths[row]] for i, row in enumerate(rows)}.__getitem__
 
 
 class Batch:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from compressor.errors import RunError
-from compressor.models.head import CausalModel, Head, last_hidden
+from compressor.models.head import CausalModel, Head
 from compressor.speculate.corpus import Corpus
 from compressor.speculate.features import Features
 from compressor.speculate.losses import Target, output_losses
@@ -24,6 +24,7 @@ from compressor.speculate.medusa import (
     Batch,
     MedusaHeads,
     States,
+    current_states,
     held_out_accuracy,
     places,
     trainable,
@@ -75,13 +76,6 @@ def train_jointly(
     def original(row: int) -> torch.Tensor:
         return features.hidden(row).to(device).float()
 
-    def current(rows: Sequence[int]) -> States:
-        """States of these samples by the model as it is, all in one pass."""
-        longest = int(corpus.lengths[list(rows)].max())
-        ids = torch.from_numpy(corpus.tokens[list(rows), :longest].astype("int64")).to(device)
-        made = last_hidden(model, ids)
-        return {row: made[i, : corpus.lengths[row]] for i, row in enumerate(rows)}.__getitem__
-
     def divergence(rows: Sequence[int], states: States, weight: float) -> torch.Tensor:
         """Weight x KL(target before || target), summed over all tokens of the answers."""
         inside = [slice(int(corpus.starts[row]) - 1, int(corpus.lengths[row]) - 1) for row in rows]
@@ -99,7 +93,7 @@ def train_jointly(
         ).total
 
     def backward(rows: Sequence[int], weight: float) -> dict[str, float]:
-        states = current(rows)
+        states = current_states(model, corpus, rows)
         kept = divergence(rows, states, weight)
         wanted = Batch(corpus, rows, original, device).target(options.loss, before, heads.token_map)
         drafts = Batch(corpus, rows, states, device).loss(
@@ -112,8 +106,12 @@ def train_jointly(
 
     def evaluate() -> dict[str, Any]:
         rows = list(corpus.rows("held_out"))
-        total = sum(float(divergence([row], current([row]), 1.0)) for row in rows)
-        figures = held_out_accuracy(heads, corpus, lambda row: current([row])(row))
+        total = sum(
+            float(divergence([row], current_states(model, corpus, [row]), 1.0)) for row in rows
+        )
+        figures = held_out_accuracy(
+            heads, corpus, lambda row: current_states(model, corpus, [row])(row)
+        )
         return {**figures, "backbone_kl": total / corpus.answer_tokens("held_out")}
 
     drafts = {name: p for name, p in heads.named_parameters() if p.requires_grad}

@@ -11,9 +11,9 @@ import torch
 
 from compressor.errors import RunError
 from compressor.models.architecture import CausalLM
-from compressor.models.checkpoint import TensorWriter
+from compressor.models.checkpoint import TensorWriter, copy_others
 
-SHARD_BYTES = 4_000_000_000
+_SHARD_BYTES = 4_000_000_000
 
 
 def trained_tensors(opened: CausalLM, model: Any) -> dict[str, torch.Tensor]:
@@ -57,11 +57,9 @@ def write_trained(opened: CausalLM, trained: Mapping[str, torch.Tensor], directo
     source = opened.checkpoint
     shutil.rmtree(directory, ignore_errors=True)  # what a killed attempt left
     directory.mkdir(parents=True)
-    writer = TensorWriter(directory, SHARD_BYTES)
+    writer = TensorWriter(directory, _SHARD_BYTES)
     for key in source.names:
         value = trained.get(key)
         writer.add(key, source.tensor(key) if value is None else value.cpu().to(source.dtype(key)))
     writer.close()
-    for path in source.directory.iterdir():
-        if path.is_file() and ".safetensors" not in path.name:
-            shutil.copyfile(path, directory / path.name)
+    copy_others(source.directory, directory)

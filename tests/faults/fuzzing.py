@@ -6,7 +6,6 @@ python -m tests.faults.fuzzing recipe safetensors gguf samples verify --count 10
 from __future__ import annotations
 
 import argparse
-import functools
 import gzip
 import json
 import shutil
@@ -266,24 +265,17 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
 }
 
 
-@functools.cache
-def scratch() -> Path:
-    """In memory where there is such a place."""
-    memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="+", choices=list(TARGETS))
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    memory = Path("/dev/shm")
     for name in arguments.targets:
-        directory = scratch() / name
-        directory.mkdir()
         started = time.monotonic()
-        refused = fuzz(TARGETS[name](directory), arguments.count, arguments.seed)
+        with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch:
+            refused = fuzz(TARGETS[name](Path(scratch)), arguments.count, arguments.seed)
         row = {
             "target": name,
             "inputs": arguments.count,
@@ -291,7 +283,6 @@ def main() -> None:
             "seconds": round(time.monotonic() - started, 1),
         }
         print(json.dumps(row), flush=True)
-    shutil.rmtree(scratch())
 
 
 if __name__ == "__main__":

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from compressor.store import Store
 from tests.projects import ENVIRONMENT
 
+NOBODY = 65534  # a user that owns nothing
 TIMED = ("measure", "accept", "served")  # kinds of stages whose files hold times
 
 
@@ -65,6 +69,26 @@ def stored(directory: Path) -> dict[str, dict[str, str]]:
         if stage.manifest["kind"] not in TIMED:
             found[stage.key] = {e["path"]: e["sha256"] for e in stage.manifest["files"]}
     return found
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, kilobytes: int) -> Iterator[bool]:
+    """A file system of that size in a new directory; whether one may be mounted here."""
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(place)]
+    may = shutil.which("mount") and not subprocess.run(command, capture_output=True).returncode
+    try:
+        yield bool(may)
+    finally:
+        if may:
+            subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def let_nobody_read(directory: Path) -> None:
+    """Let who owns nothing read a project; what a run prints goes to a file that is there."""
+    (directory / "printed").touch()
+    for path in (directory, *directory.parents):
+        path.chmod(path.stat().st_mode | 0o005)
 
 
 def killed(code: int) -> bool:

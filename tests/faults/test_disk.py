@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.faults.conftest import Undisturbed, project
-from tests.faults.runs import Zygote, stored
+from tests.faults.runs import NOBODY, Zygote, let_nobody_read, small_disk, stored
 from tests.projects import artifacts
 
 pytestmark = pytest.mark.slow
-NOBODY = 65534
 
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 700 kB; skipped where none may be mounted."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=700k", "none", str(place)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    with small_disk(tmp_path / "disk", 700) as mounted:
+        if not mounted:
+            pytest.skip("no file system can be mounted here")
+        yield tmp_path / "disk"
 
 
 def test_a_full_disk_is_one_error_and_the_run_goes_on_elsewhere(
@@ -52,9 +47,7 @@ def test_a_store_that_cannot_be_written_is_one_error(
     if os.getuid():
         pytest.skip("only root can become somebody who may not write")
     directory = project(tmp_path, small.recipe)
-    for path in (tmp_path, *tmp_path.parents):  # let nobody in
-        path.chmod(path.stat().st_mode | 0o005)
-    (directory / "printed").touch()
+    let_nobody_read(directory)
     code, printed = zygote.run(directory, uid=NOBODY)
     assert code == 1 and "cannot write the store" in printed and "--store" in printed
     assert "Traceback" not in printed
