@@ -9,6 +9,7 @@ itself and refuses where its own code would make something else.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +84,7 @@ def _connect(address: str | None) -> Any:
         ) from None
     own: dict[str, Any] = {"include_dashboard": False} if address is None else {"address": address}
     try:
-        ray.init(log_to_driver=False, logging_level="ERROR", **own)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **own)
     except Exception as error:  # Ray raises a dozen unrelated types here
         raise RunError(
             f"no cluster: {first_line(error)}", where=f"--on ray={address}", fix=_FIX

@@ -51,6 +51,29 @@ class Progress(Protocol):
     def task(self, description: str, total: int | None, /) -> AbstractContextManager[Task]:
         """Open a task of ``total`` steps (None when that is not known)."""
 
+    def say(self, line: str, /) -> None:
+        """Tell what is to be known and is no step."""
+
+
+class Lowered:
+    """Tells of each smaller batch that lack of memory forces.
+
+    Args:
+        progress: where.
+        work: that goes on with them.
+
+    Attributes:
+        smallest: of them; None where memory sufficed.
+    """
+
+    def __init__(self, progress: Progress, work: str) -> None:
+        self.progress, self.work = progress, work
+        self.smallest: int | None = None
+
+    def __call__(self, size: int) -> None:
+        self.smallest = min(size, self.smallest or size)
+        self.progress.say(f"{self.work}: out of memory, batches of {size} from here on")
+
 
 class _Silent:
     def advance(self, n: int = 1, /) -> None:
@@ -66,6 +89,9 @@ class SilentProgress:
     @contextmanager
     def task(self, description: str, total: int | None, /) -> Iterator[Task]:
         yield _Silent()
+
+    def say(self, line: str, /) -> None:
+        return
 
 
 class _Logged:
@@ -109,6 +135,9 @@ class LogProgress:
         seconds = time.monotonic() - started
         _print(self.console, f"{description}: {seconds:.1f} s")
 
+    def say(self, line: str, /) -> None:
+        _print(self.console, line)
+
 
 def _print(console: Console, line: str) -> None:
     """One line of a log: as it is, and not broken at the width of a terminal that is not there."""
@@ -146,6 +175,9 @@ class RichProgress:
         )
         with RichBar(*columns, console=self.console) as bar:
             yield _Bar(bar, bar.add_task(escape(description), total=total, note=""))
+
+    def say(self, line: str, /) -> None:
+        _print(self.console, line)
 
 
 def make_progress(quiet: bool = False, console: Console | None = None) -> Progress:

@@ -18,6 +18,7 @@ from typing import Any
 
 from compressor import __version__
 from compressor.errors import CompressorError, RunError
+from compressor.numerics.memory import is_out_of_memory, trim
 from compressor.plan import BASELINE, Plan, Stage, code_version
 from compressor.progress import Progress
 from compressor.record import LOG
@@ -206,8 +207,16 @@ def _make(
     started = time.perf_counter()
     try:
         result = FUNCTIONS[stage.kind](Context(stage, inputs, directory, progress))
-    except OSError as error:
-        # What is left behind is either resumable or overwritten: nothing of it counts as finished.
+    # What is left behind is either resumable or overwritten: nothing of it counts as finished.
+    except (RuntimeError, MemoryError, OSError) as error:
+        if is_out_of_memory(error):
+            raise RunError(
+                "too little memory",
+                where=stage.name,
+                fix="free some, or lower the batch size, and run again: finished stages are kept",
+            ) from error
+        if not isinstance(error, OSError):
+            raise
         raise RunError(
             f"{stage.name}: {error.strerror or error}",
             where=str(error.filename or directory),
@@ -216,6 +225,7 @@ def _make(
     except CompressorError:
         store.discard_partial(key)
         raise
+    trim()
     return store.publish(
         key,
         directory,

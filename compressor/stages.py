@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from compressor import speculate_stages, task_stages
 from compressor.errors import RecipeError, RunError
 from compressor.plan import Stage
-from compressor.progress import Progress, counting
+from compressor.progress import Lowered, Progress, counting
 from compressor.store import StoredStage, write_atomic
 
 if TYPE_CHECKING:
@@ -384,6 +384,7 @@ def quantize(context: Context) -> dict[str, Any]:
             dtype=dtype,
             device=device,
             advance=counting(task),
+            lowered=Lowered(context.progress, title),
         )
     facts["kv_cache"] = kv_cache
     return facts | ({"allocation": allocation} if allocation else {})
@@ -668,23 +669,26 @@ def evaluate(context: Context) -> dict[str, Any]:
     total = sum(text["windows"] for text in [*listed, *long])
     batch, length, bins = (context.config[key] for key in ("batch_size", "length", "bins"))
 
+    title = f"evaluate {context.stage.variant}"
+    lowered = Lowered(context.progress, title)
+
     def score(name: str, batch: int, advance: Callable[[int], None]) -> tuple[Scores, Scores]:
         """(scores, the baseline's) of the windows in a file."""
         windows = np.load(texts.path / f"{name}.npy")
         (context.directory / name).parent.mkdir(exist_ok=True)
         if baseline is None:
-            scores, hidden = score_baseline(model, windows, batch, advance)
+            scores, hidden = score_baseline(model, windows, batch, advance, lowered)
             save_whole({"hidden": hidden}, context.directory / f"{name}.hidden.safetensors")
             reference = scores
         else:
             hidden = load_file(baseline.path / f"{name}.hidden.safetensors")["hidden"]
             reference = Scores.load(baseline.path / f"{name}.safetensors")
-            scores = score_variant(model, windows, batch, hidden, head, advance)
+            scores = score_variant(model, windows, batch, hidden, head, advance, lowered)
         scores.save(context.directory / f"{name}.safetensors")
         return scores, reference
 
     results, positions = [], []
-    with context.progress.task(f"evaluate {context.stage.variant}", total) as task:
+    with context.progress.task(title, total) as task:
         for text in listed:
             name = text["name"]
             scores, reference = score(name, batch, task.advance)
@@ -698,12 +702,23 @@ def evaluate(context: Context) -> dict[str, Any]:
             scores, reference = score(f"long/{name}", fewer, task.advance)
             parts = by_position(scores, reference, bins)
             positions.append({"text": name, "length": longer, "bins": parts})
-    drift = _drift(context, model, texts, baseline) if texts.result["prompts"] else None
-    return {"quality": results, "positions": positions, "drift": drift}
+    drift = None
+    if texts.result["prompts"]:
+        drift = _drift(context, model, texts, baseline, lowered)
+    return {
+        "quality": results,
+        "positions": positions,
+        "drift": drift,
+        "lowered_batch": lowered.smallest,
+    }
 
 
 def _drift(
-    context: Context, model: Any, texts: StoredStage, baseline: StoredStage | None
+    context: Context,
+    model: Any,
+    texts: StoredStage,
+    baseline: StoredStage | None,
+    lowered: Callable[[int], None],
 ) -> dict[str, Any]:
     """Continue the prompts greedily, and say where that leaves the baseline's continuation."""
     import torch
@@ -711,6 +726,7 @@ def _drift(
     from compressor.evaluate import drift
     from compressor.measure.engines.transformers import TransformersEngine
     from compressor.models.end_tokens import end_tokens
+    from compressor.numerics.memory import in_batches
 
     c = context.config["drift"]
     rows = json.loads((texts.path / "prompts.json").read_text(encoding="utf-8"))
@@ -718,11 +734,13 @@ def _drift(
     engine = TransformersEngine(lambda dtype: model)
     engine.start()
     made: list[drift.Continuation] = []
+
+    def go_on(part: list[dict[str, Any]]) -> list[list[int]]:
+        steps = engine.steps([row["tokens"] for row in part], c["output_length"])
+        return torch.cat([step for step, _ in steps], dim=1).tolist()
+
     with context.progress.task(f"continue {context.stage.variant}", len(rows)) as task:
-        for start in range(0, len(rows), c["batch_size"]):
-            part = rows[start : start + c["batch_size"]]
-            steps = engine.steps([row["tokens"] for row in part], c["output_length"])
-            tokens = torch.cat([step for step, _ in steps], dim=1).tolist()
+        for part, tokens in in_batches(rows, c["batch_size"], go_on, lowered):
             for row, new in zip(part, tokens, strict=True):
                 kept = drift.until_end(new, ends)
                 text = tokenizer.decode(kept, skip_special_tokens=True)

@@ -32,6 +32,7 @@ from compressor.evaluate.significance import (
 )
 from compressor.models.checkpoint import save_whole
 from compressor.models.head import CausalModel, Head, last_hidden, split
+from compressor.numerics.memory import in_batches
 
 TOKENS_PER_STEP = 256
 
@@ -68,19 +69,21 @@ def score_baseline(
     windows: np.ndarray,
     batch_size: int,
     advance: Callable[[int], None] = lambda n: None,
+    lowered: Callable[[int], None] = lambda size: None,
 ) -> tuple[Scores, torch.Tensor]:
     """Scores of the baseline, and its hidden states float32 [tokens, hidden], for reuse.
 
     Args:
         model: a loaded causal LM.
         windows: int32 [windows, length] token ids.
-        batch_size: windows per forward.
+        batch_size: windows per forward; halved where memory does not suffice.
         advance: called with the number of windows done.
+        lowered: called with each smaller batch.
     """
     head = split(model)
     nll, top1 = _arrays(windows)
     kept = torch.empty(nll.size, model.get_output_embeddings().weight.shape[1])
-    for part, hidden, expected in _steps(model, windows, batch_size, advance):
+    for part, hidden, expected in _steps(model, windows, batch_size, advance, lowered):
         kept[part] = hidden.float().cpu()
         _fill(nll, top1, part, head(hidden), expected)
     shape = (len(windows), -1)
@@ -95,6 +98,7 @@ def score_variant(
     baseline_hidden: torch.Tensor,
     baseline_head: Head,
     advance: Callable[[int], None] = lambda n: None,
+    lowered: Callable[[int], None] = lambda size: None,
 ) -> Scores:
     """Scores of a variant and its exact KL divergence from the baseline.
 
@@ -105,7 +109,7 @@ def score_variant(
     head = split(model)
     nll, top1 = _arrays(windows)
     kl = np.zeros(nll.shape, dtype=np.float32)
-    for part, hidden, expected in _steps(model, windows, batch_size, advance):
+    for part, hidden, expected in _steps(model, windows, batch_size, advance, lowered):
         log_q = _fill(nll, top1, part, head(hidden), expected)
         reference = baseline_hidden[part].to(hidden.device)
         log_p = torch.log_softmax(baseline_head(reference), dim=-1)
@@ -196,20 +200,26 @@ def _arrays(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _steps(
-    model: CausalModel, windows: np.ndarray, batch_size: int, advance: Callable[[int], None]
+    model: CausalModel,
+    windows: np.ndarray,
+    batch_size: int,
+    advance: Callable[[int], None],
+    lowered: Callable[[int], None],
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Yield (where in the flat token arrays, hidden [n, hidden], next tokens [n]) step by step."""
     device = next(model.parameters()).device
-    predicted = windows.shape[1] - 1
-    for start in range(0, len(windows), batch_size):
-        rows = windows[start : start + batch_size]
+
+    def run(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.from_numpy(rows.astype(np.int64)).to(device)
-        hidden = last_hidden(model, ids)[:, :-1].flatten(0, 1)
-        targets = ids[:, 1:].flatten()
+        return last_hidden(model, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+
+    first = 0
+    for rows, (hidden, targets) in in_batches(windows, batch_size, run, lowered):
         for step in range(0, len(hidden), TOKENS_PER_STEP):
             part = slice(step, step + TOKENS_PER_STEP)
-            first = start * predicted + step
-            yield slice(first, first + len(hidden[part])), hidden[part], targets[part]
+            last = first + len(hidden[part])
+            yield slice(first, last), hidden[part], targets[part]
+            first = last
         advance(len(rows))
 
 

@@ -16,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 
 from compressor.errors import RunError
 from compressor.evaluate.packed import Scored, Scorer
+from compressor.numerics.memory import halved, suppress_out_of_memory
 
 _ALL = 1 << 30  # HFLM hands rolling windows over so many at a time
 
@@ -26,8 +27,10 @@ class LoadedLM(HFLM):
     Args:
         model: a transformers causal LM in evaluation mode, with whatever linears.
         tokenizer: its tokenizer.
-        batch_tokens: tokens of a forward pass, at most (but for a longer single sequence).
+        batch_tokens: tokens of a forward pass, at most (but for a longer single sequence); halved
+            where memory does not suffice.
         advance: called with the number of requests done.
+        lowered: called with each smaller number of tokens.
 
     Attributes:
         scorer: its counts of tokens.
@@ -40,9 +43,10 @@ class LoadedLM(HFLM):
         *,
         batch_tokens: int = 4096,
         advance: Callable[[int], None] = lambda n: None,
+        lowered: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=_ALL)
-        self.scorer = Scorer(model, batch_tokens)
+        self.scorer = Scorer(model, batch_tokens, lowered)
         self._advance = advance
 
     @property
@@ -106,8 +110,14 @@ class LoadedLM(HFLM):
         while order:
             room = max(r.args[1].get("max_gen_toks", self.max_gen_toks) for r in requests)
             many = max(1, self.scorer.batch_tokens // (lengths[order[0]] + room))
-            batch, order = order[:many], order[many:]
-            made = super().generate_until([requests[i] for i in batch], disable_tqdm=True)
+            batch, made = order[:many], []
+            with suppress_out_of_memory():
+                made = super().generate_until([requests[i] for i in batch], disable_tqdm=True)
+            if not made:
+                halved(len(batch))  # nothing is to be done about one that is too long
+                self.scorer.lower()
+                continue
+            order = order[many:]
             answers |= zip(batch, made, strict=True)
             self._advance(len(batch))
         return [answers[i] for i in range(len(requests))]

@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from compressor.models import ragged
 from compressor.models.attention import HANDLER, chunked_causal_attention
 from compressor.models.head import last_hidden, split
+from compressor.numerics.memory import halved, suppress_out_of_memory
 
 NAME = "packed_trees"
 HEAD_ROWS = 256  # positions whose logits are in memory at once
@@ -299,7 +300,9 @@ class Scorer:
 
     Args:
         model: a transformers causal LM in evaluation mode, with whatever linears.
-        batch_tokens: tokens of a forward pass, at most (but for a longer single sequence).
+        batch_tokens: tokens of a forward pass, at most (but for a longer single sequence); halved
+            where memory does not suffice.
+        lowered: called with each smaller number of tokens.
 
     Attributes:
         packs: whether trees are run, and not padded sequences.
@@ -309,8 +312,10 @@ class Scorer:
     Raises RunError for a model whose logits `models.head` cannot make.
     """
 
-    def __init__(self, model: Any, batch_tokens: int) -> None:
-        self.model, self.batch_tokens = model, batch_tokens
+    def __init__(
+        self, model: Any, batch_tokens: int, lowered: Callable[[int], None] = lambda tokens: None
+    ) -> None:
+        self.model, self.batch_tokens, self._lowered = model, batch_tokens, lowered
         self.head = split(model)
         self.packs = can_pack(model)
         self.tokens = self.computed = 0
@@ -341,36 +346,53 @@ class Scorer:
         # The longest first: what runs out of memory does so at once.
         planned.sort(key=lambda plan: (-len(plan[0].trunk), -plan[0].size))
         results: list[Scored] = [(0.0, False)] * len(requests)
-        for batch in self._batches(planned):
-            hidden, starts = self._hidden([tree for tree, _ in batch])
-            rows: list[int] = []
-            targets: list[int] = []
-            owners: list[int] = []
-            for start, (_, paths) in zip(starts, batch, strict=True):
-                for index, path in paths:
-                    continuation = requests[index][1]
-                    owners += [index] * len(continuation)
-                    rows += [start + row for row in path[-len(continuation) :]]
-                    targets += continuation
-            for index, scored in self._likelihoods(hidden, rows, targets, owners):
+        first = 0
+        while first < len(planned):
+            batch = self._batch(planned, first)
+            made: list[tuple[int, Scored]] = []
+            with suppress_out_of_memory():
+                made = self._score(batch, requests)
+            if not made:
+                halved(len(batch))  # nothing is to be done about one that is too long
+                self.lower()
+                continue
+            for index, scored in made:
                 results[index] = scored
+            first += len(batch)
             advance(sum(len(paths) for _, paths in batch))
         return results
 
-    def _batches(self, planned: list[_Plan]) -> Iterator[list[_Plan]]:
-        batch: list[_Plan] = []
-        size = 0
-        for plan in planned:
+    def lower(self) -> None:
+        """After memory did not suffice: half as many tokens from here on."""
+        self.batch_tokens = max(1, self.batch_tokens // 2)
+        self._lowered(self.batch_tokens)
+
+    def _batch(self, planned: list[_Plan], first: int) -> list[_Plan]:
+        """Those from one on that go together."""
+        size, last = 0, first
+        while last < len(planned):
             # Of padded sequences the first is the longest.
-            more = plan[0].size if self.packs else (batch or [plan])[0][0].size
-            if batch and size + more > self.batch_tokens:
-                yield batch
-                batch, size = [], 0
-                more = plan[0].size
-            batch.append(plan)
-            size += more
-        if batch:
-            yield batch
+            size += planned[last if self.packs else first][0].size
+            if last > first and size > self.batch_tokens:
+                break
+            last += 1
+        return planned[first:last]
+
+    def _score(
+        self, batch: list[_Plan], requests: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[tuple[int, Scored]]:
+        """(request, its result) of a batch."""
+        hidden, starts = self._hidden([tree for tree, _ in batch])
+        rows: list[int] = []
+        targets: list[int] = []
+        owners: list[int] = []
+        for start, (_, paths) in zip(starts, batch, strict=True):
+            for index, path in paths:
+                continuation = requests[index][1]
+                owners += [index] * len(continuation)
+                rows += [start + row for row in path[-len(continuation) :]]
+                targets += continuation
+        return list(self._likelihoods(hidden, rows, targets, owners))
 
     def _hidden(self, trees: list[Tree]) -> tuple[torch.Tensor, list[int]]:
         """Hidden states [rows, hidden], and the row of each tree's first token."""

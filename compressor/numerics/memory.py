@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import functools
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import psutil
+
+from compressor.errors import RunError
+
+Rows = TypeVar("Rows")  # what slices give parts of
+Made = TypeVar("Made")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _KEEP = 1 << 30
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "can't start new thread")
 _resident = 0  # bytes of the process after freed pages were last handed back
 WAITING_SHARE = 0.4  # of the free memory that batches may take which wait for a linear
 
@@ -45,9 +54,15 @@ def release_freed_pages() -> None:
     """
     global _resident
     process = psutil.Process()
-    if keep_freed_pages() and process.memory_info().rss - _resident > _KEEP:
-        ctypes.CDLL(None).malloc_trim(0)
+    if process.memory_info().rss - _resident > _KEEP:
+        trim()
         _resident = process.memory_info().rss
+
+
+def trim() -> None:
+    """Hand what is free in glibc's heap back to the kernel."""
+    if keep_freed_pages():
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_bytes(device: Any = "cpu") -> int:
@@ -82,6 +97,87 @@ def free_bytes(device: Any = "cpu") -> int:
     except (OSError, ValueError):
         pass
     return max(free, 0)
+
+
+@contextlib.contextmanager
+def suppress_out_of_memory() -> Iterator[None]:
+    """Go on behind the block where an allocation in it failed, on a GPU or on this machine."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+    else:
+        return
+    if (
+        keep_freed_pages()
+    ):  # what was freed meanwhile lies in pieces that a smaller batch may not use
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def refuse_out_of_memory(what: str, where: str, fix: str) -> Iterator[None]:
+    """One error to read where an allocation in the block fails, on a GPU or on this machine."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if is_out_of_memory(error):
+            raise RunError(what, where=where, fix=fix) from error
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's, torch's on a GPU, on the CPU or of a mapped file
+    (plain RuntimeErrors), a thread's stack, or another mapping."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def in_batches(
+    rows: Rows,
+    size: int,
+    work: Callable[[Rows], Made],
+    lowered: Callable[[int], None] = lambda size: None,
+) -> Iterator[tuple[Rows, Made]]:
+    """Work on rows in batches, of half the size from where memory does not suffice.
+
+    Args:
+        rows: a sequence, or an array.
+        size: rows of a batch, at most.
+        work: makes something of a batch.
+        lowered: called with each new size.
+
+    Yields:
+        A batch, and what was made of it, in order.
+
+    Raises:
+        RunError: memory does not suffice for one row.
+    """
+    start, every = 0, cast(Any, rows)
+    while start < len(every):
+        part = every[start : start + size]
+        made: list[Made] = []
+        with suppress_out_of_memory():
+            made.append(work(part))
+        if made:
+            yield part, made.pop()
+            start += len(part)
+            continue
+        size = halved(len(part))
+        lowered(size)
+
+
+def halved(size: int) -> int:
+    """Half as many; RunError where there is but one."""
+    if size <= 1:
+        raise RunError(
+            "too little memory for a batch of one",
+            fix="shorten the texts, or use a machine or device with more memory",
+        )
+    return size // 2
 
 
 def gpu_index(device: Any) -> int:

@@ -32,7 +32,9 @@ from compressor.numerics.memory import (
     WAITING_SHARE,
     free_bytes,
     keep_freed_pages,
+    refuse_out_of_memory,
     release_freed_pages,
+    suppress_out_of_memory,
 )
 from compressor.numerics.scheme import ASYMMETRIC, DYNAMIC, ActivationScheme
 from compressor.quantize.codes import (
@@ -85,6 +87,7 @@ def quantize_model(
     devices: Sequence[str] | None = None,
     read_ahead: bool | None = None,
     advance: Callable[[str], None] = lambda note: None,
+    lowered: Callable[[int], None] = lambda size: None,
 ) -> dict[str, Any]:
     """Quantize every linear of every block into ``directory``; resume what is already there.
 
@@ -103,7 +106,7 @@ def quantize_model(
         kv_cache: static scheme of cached keys and values, whose scales are found from what the
             quantized blocks' attention is given.
         batch_size: samples per forward; lowered to a divisor of the number of samples, and further
-            where a device runs out of memory.
+            where memory does not suffice.
         all_experts: while statistics are taken, run every token through every expert.
         dtype: what blocks run in; see `stream.calibration_dtype`.
         device: where blocks are run and solved.
@@ -113,6 +116,7 @@ def quantize_model(
             From page cache a CPU reads a block in a hundredth of the time that solving it takes,
             and would hold it in memory meanwhile.
         advance: called with a note after each block, and after the output layer.
+        lowered: called with each smaller batch that lack of memory forces.
 
     Returns:
         seconds, tokens, coverage (parameters quantized, linears skipped and why), resumed_at, the
@@ -137,6 +141,7 @@ def quantize_model(
         check_attention(model)
     coverage = Coverage(model, walk.head)
     stream, first = walk.stream, walk.resume_point()
+    stream.tell = lowered
     if tokens is None and walk.uses_tokens:
         raise RunError("this algorithm needs calibration tokens", fix="add `calibration:`")
     if walk.follows_tokens:
@@ -165,7 +170,11 @@ def quantize_model(
         stream.release()
     for refinement in walk.model_refinements:
         assert tokens is not None
-        try:
+        with refuse_out_of_memory(
+            "too little memory to refine the whole model",
+            device,
+            "remove the last step, shorten `calibration.length`, or use a larger device",
+        ):
             refined["refined"] = refine_whole(
                 model.checkpoint.directory,
                 directory,
@@ -176,12 +185,6 @@ def quantize_model(
                 device=device,
                 advance=advance,
             )
-        except torch.cuda.OutOfMemoryError as error:
-            raise RunError(
-                "too little memory to refine the whole model",
-                where=device,
-                fix="remove the last step, shorten `calibration.length`, or use a larger device",
-            ) from error
     return refined | {
         "seconds": time.perf_counter() - started,
         "tokens": int(tokens.size) if tokens is not None and walk.uses_tokens else 0,
@@ -472,7 +475,7 @@ class _Walk:
                 hidden[left[number]] = out
             del left[number]
 
-        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+        with suppress_out_of_memory():
             with watching(), stream.working(index), stream.every_expert(index):
                 run_suspended(
                     [functools.partial(run, number) for number in left],
@@ -527,18 +530,18 @@ class _Walk:
             if drift is not None:
                 assert hessian is not None
                 weights = fit_to_rounded_inputs(weights, hessian, drift, algorithm.options.damp)
+            names = ", ".join(ref.name for ref in part)
             try:
-                found = self._quantize(algorithm, weights, hessian, devices)
-            except torch.cuda.OutOfMemoryError as error:
-                raise RunError(
+                with refuse_out_of_memory(
                     f"too little memory on {', '.join(devices)} to quantize these linears",
-                    where=", ".join(ref.name for ref in part),
-                    fix="lower `calibration.batch_size`, or use a larger device",
-                ) from error
+                    names,
+                    "lower `calibration.batch_size`, or use a larger device",
+                ):
+                    found = self._quantize(algorithm, weights, hessian, devices)
             except ValueError as error:
                 raise RunError(
                     str(error),
-                    where=", ".join(ref.name for ref in part),
+                    where=names,
                     fix="choose another group_size, or name the layer under `ignore`",
                 ) from error
             for ref, result in zip(part, found, strict=True):

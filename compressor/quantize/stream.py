@@ -24,6 +24,7 @@ from compressor.errors import RunError
 from compressor.models.architecture import BlockInputs, CausalLM, LinearRef
 from compressor.models.checkpoint import read_file
 from compressor.models.experts import UnfusedExperts
+from compressor.numerics.memory import suppress_out_of_memory
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.quantize.activations import Place, allocate, kept_on
 from compressor.quantize.codes import save_synced
@@ -64,7 +65,8 @@ class Stream:
         self.ids = torch.empty(0)  # int64 [samples, length]
         self.inputs: dict[int, BlockInputs] = {}  # by number of samples in a batch
         self.batch = 1
-        self.lowered = False  # the batch, after a device ran out of memory
+        self.lowered = False  # the batch, after memory did not suffice
+        self.tell: Callable[[int], None] = lambda size: None  # called with each smaller batch
         self.saved = time.monotonic()
 
     def release(self) -> None:
@@ -147,7 +149,7 @@ class Stream:
 
     @torch.no_grad()
     def lower_batch(self) -> None:
-        """After a device ran out of memory: go on with at most half as many samples a batch.
+        """After memory did not suffice: go on with at most half as many samples a batch.
 
         Samples do not see each other, so the results are the same but for the order of sums.
         """
@@ -158,6 +160,7 @@ class Stream:
             )
         self.batch = divisor(self.batch, self.batch // 2)
         self.lowered = True
+        self.tell(self.batch)
         torch.cuda.empty_cache()
         if self.batch not in self.inputs:
             self.inputs[self.batch] = cast(self.model.embed(self.ids[: self.batch]), self.dtype)
@@ -212,7 +215,7 @@ class Stream:
         statistic for each distinct input."""
         while True:
             parts = self.parts(samples) if parts is None else self.split(parts)
-            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            with suppress_out_of_memory():
                 return self._observe(index, targets, make, parts)
             self.lower_batch()
 
@@ -271,7 +274,7 @@ class Stream:
         with self.working(index):
             left = self.parts() if parts is None else self.split(parts)
             while left:
-                with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                with suppress_out_of_memory():
                     activations[left[0]] = self.run(index, activations[left[0]])
                     left.pop(0)
                     continue

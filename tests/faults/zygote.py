@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -89,6 +90,8 @@ def _child(job: dict[str, Any], names: int) -> None:
             os.setuid(job["uid"])
         if "points" in job:
             _die_at_a_new_point(Path(job["points"]), job.get("calls", PUBLISHING))
+        if "memory" in job:
+            _limit_memory(job["memory"])
         if "clock" in job:
             _jump(job["clock"])
         sys.argv = ["compress", *job["arguments"]]
@@ -131,6 +134,14 @@ def _die_at_a_new_point(seen: Path, calls: Sequence[str]) -> None:
 
     for name in calls:
         setattr(os, name, wrap(name, getattr(os, name)))
+
+
+def _limit_memory(megabytes: int) -> None:
+    """Allocations of so much more than is mapped by now fail."""
+    import psutil
+
+    most = psutil.Process().memory_info().vms + megabytes * 1_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def _jump(step: float) -> None:
