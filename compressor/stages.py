@@ -79,9 +79,9 @@ class Context:
 
     def tokenizer(self) -> Any:
         """That of the checkpoint that the stage works on."""
-        from transformers import AutoTokenizer
+        from compressor.models.tokenizer import load_tokenizer
 
-        return AutoTokenizer.from_pretrained(self.model_dir)
+        return load_tokenizer(self.model_dir)
 
 
 def model_dir(load: StoredStage) -> Path:
@@ -97,6 +97,7 @@ def load(context: Context) -> dict[str, Any]:
     """Materialise the model as safetensors where it is in another form."""
     from compressor.models.architecture import CausalLM
     from compressor.models.source import materialise
+    from compressor.models.tokenizer import check_fits, load_tokenizer
 
     resolved = context.stage.local["resolved"]
     dtype = context.config["dtype"]
@@ -104,6 +105,8 @@ def load(context: Context) -> dict[str, Any]:
         path = materialise(resolved, context.directory / "checkpoint", dtype=dtype)
         model = CausalLM.open(path, trust_remote_code=resolved.trust_remote_code)
         problems = model.check_weights()
+        rows = model.model.get_input_embeddings().weight.shape[0]
+        check_fits(load_tokenizer(path), rows, path)
         lost = _lost(resolved, path)
     size = sum(p.stat().st_size for p in path.glob("*.safetensors"))
     return {

@@ -50,7 +50,8 @@ def split(model: CausalModel) -> Head:
     """The head of a loaded causal LM, checked against the model's own logits.
 
     Raises:
-        RunError: the model computes its logits in a way that `Head` does not reproduce.
+        RunError: the model computes its logits in a way that `Head` does not reproduce, or they
+            are not finite.
     """
     head = Head(model.get_output_embeddings(), model.config)
     device = next(model.parameters()).device
@@ -58,6 +59,12 @@ def split(model: CausalModel) -> Head:
     with torch.no_grad():
         expected = model(probe, use_cache=False).logits[0].float()
         got = head(last_hidden(model, probe)[0])
+    if not bool(torch.isfinite(expected).all()):
+        raise RunError(
+            "the model's output holds NaN or infinite values, though its weights are finite",
+            where=type(model).__name__,
+            fix="its activations overflow: download it again, or load it in a wider `model.dtype`",
+        )
     scale = max(float(expected.abs().max()), 1.0)
     if not torch.allclose(expected, got, atol=1e-2 * scale, rtol=0):
         raise RunError(

@@ -518,6 +518,13 @@ class _Walk:
             # H every algorithm does what round-to-nearest does.
             if seen is not None and not undersampled(seen.tokens, width):
                 hessian, drift = seen.take_hessian(), seen.drift
+                if not bool(torch.isfinite(torch.diagonal(hessian)).all()):
+                    raise RunError(
+                        "what these linears read holds NaN or infinite values",
+                        where=", ".join(ref.name for ref in refs),
+                        fix="blocks before them overflow: set `calibration.dtype: float32`, or "
+                        "download the checkpoint again",
+                    )
             else:
                 hessian = torch.eye(width, device=self.device)
         parts: dict[int, list[LinearRef]] = {}

@@ -24,6 +24,7 @@ from compressor.errors import RunError
 from compressor.models.architecture import CausalLM
 from compressor.models.checkpoint import TensorWriter
 from compressor.models.head import Head, last_hidden, split
+from compressor.models.tokenizer import load_tokenizer
 from compressor.speculate.corpus import Corpus
 from compressor.speculate.features import block_outputs, decoder_blocks
 from compressor.speculate.options import ChosenBy
@@ -366,17 +367,7 @@ def check_tokenizer(target: Path, draft: Path) -> None:
 
 
 def _tokens(directory: Path) -> dict[int, str]:
-    from transformers import AutoTokenizer
-
-    try:
-        vocabulary = AutoTokenizer.from_pretrained(directory).get_vocab()
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(
-            f"the tokenizer cannot be read ({(str(error).splitlines() or ['?'])[0]})",
-            where=str(directory),
-            fix="put the tokenizer's files beside the model",
-        ) from error
-    return {number: token for token, number in vocabulary.items()}
+    return {number: token for token, number in load_tokenizer(directory).get_vocab().items()}
 
 
 def _vocabulary(directory: Path) -> int:
