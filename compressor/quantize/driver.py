@@ -520,7 +520,7 @@ class _Walk:
                 hessian, drift = seen.take_hessian(), seen.drift
                 if not bool(torch.isfinite(torch.diagonal(hessian)).all()):
                     raise RunError(
-                        "what these linears read holds NaN or infinite values",
+                        "the squares of what these linears read are not finite",
                         where=", ".join(ref.name for ref in refs),
                         fix="blocks before them overflow: set `calibration.dtype: float32`, or "
                         "download the checkpoint again",

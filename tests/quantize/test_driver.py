@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from compressor.errors import RunError
 from compressor.models.architecture import CausalLM
@@ -441,3 +442,14 @@ def test_the_note_of_a_block_has_its_worst_error_against_rtn() -> None:
         "0.0e+00"
     )
     assert driver._note(1, []) == "block 1: nothing to quantize"
+
+
+def test_inputs_that_are_not_finite_are_one_clear_error(tmp_path: Path) -> None:
+    directory = tiny.build("llama", tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 1e30
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RunError, match=r"layers\.0\.mlp\.down_proj.*not finite"):
+        driver.quantize_model(
+            CausalLM.open(directory), algorithm(), tmp_path / "out", tokens=TOKENS, batch_size=2
+        )
