@@ -1,12 +1,13 @@
 """Every fault that a run is to survive: how often it was tried, and what came of it.
 
     .venv/bin/python scripts/faults.py --output reports/faults [--random 100] [--fuzz 100000]
-        [--only kills interrupts clock together disk bits fuzz]
+        [--requests 10000] [--only kills interrupts clock together disk bits tests fuzz gc soak]
 
 Works on a tiny random model and a recipe with every kind of stage that needs no server. After each
 kill, whatever counts as finished is compared with the hashes written beside it; in the end the
-hashes are those of a run that nothing disturbed. Writes faults.json and README.md; parts that are
-not run again stay as they are.
+hashes are those of a run that nothing disturbed. Faults of engines, inputs and memory are those of
+the test suite, counted. Writes faults.json and README.md; parts that are not run again stay as they
+are.
 """
 
 from __future__ import annotations
@@ -26,18 +27,51 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from compressor.doctor import cpu_name
-from tests.faults.conftest import WHOLE, Undisturbed, project
+from tests import tiny
+from tests.faults.conftest import SMALL, WHOLE, Undisturbed, project
 from tests.faults.fuzzing import TARGETS
 from tests.faults.runs import NOBODY, Zygote, let_nobody_read, small_disk, stored
 from tests.faults.test_disk import flip
 from tests.faults.test_kills import die_at_every_point, die_at_random
+from tests.projects import write
 
 ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]
+_MEASURE, _ENGINES = "tests/measure", "tests/engines"
+# (fault, outcome, tests) of those that the test suite has.
+TESTS = [
+    ("engine that dies at its start, or never gets healthy", "ended, one error with its log", [
+        f"{_ENGINES}/test_process.py::test_a_death_at_the_start_is_told_with_the_log",
+        f"{_ENGINES}/test_process.py::test_a_server_that_never_gets_healthy_is_ended",
+        f"{_ENGINES}/test_server.py::test_a_server_that_never_gets_healthy_is_ended",
+        f"{_ENGINES}/test_server.py::test_a_break_while_starting_ends_the_server",
+    ]),
+    ("engine that dies in the middle", "its samples kept and marked, other variants go on", [
+        f"{_ENGINES}/test_server.py::test_a_death_while_answering_is_told_with_the_log",
+        f"{_MEASURE}/test_runner.py::test_variant_whose_engine_dies_is_taken_out",
+        f"{_MEASURE}/test_load.py::test_a_dead_server_is_not_asked_for_ever",
+        f"{_MEASURE}/test_client.py::test_a_refused_connection_is_a_sample",
+    ]),
+    ("engine that answers 500s, stalls a stream, cuts it, sends garbage",
+     "a marked sample with the tokens before it", [
+        f"{_MEASURE}/test_client.py::test_faults_are_samples_with_the_tokens_before_them",
+        f"{_MEASURE}/test_client.py::test_a_line_without_end_is_garbage",
+        f"{_MEASURE}/test_load.py::test_a_server_that_stalls_does_not_hold_up_the_schedule",
+        f"{_MEASURE}/test_load.py::test_a_server_that_fails_now_and_then_leaves_the_rest",
+    ]),
+    ("checkpoint, tokenizer or text at odds with itself", "one error that says what and where",
+     ["tests/faults/test_inputs.py"]),
+    ("too little memory", "smaller batches and the same figures, or one error", [
+        "tests/faults/test_memory.py", "tests/quantize/test_out_of_memory.py",
+    ]),
+]  # fmt: skip
 
 
 class Faults:
@@ -47,10 +81,12 @@ class Faults:
         scratch: for them.
         random: kills at random moments.
         fuzz: damaged inputs of each kind.
+        requests: of the load that goes on for long.
     """
 
-    def __init__(self, scratch: Path, random: int, fuzz: int) -> None:
+    def __init__(self, scratch: Path, random: int, fuzz: int, requests: int) -> None:
         self.scratch, self.random, self.fuzz_count = scratch, random, fuzz
+        self.requests = requests
         self.zygote = Zygote()
         started = time.monotonic()
         self.whole = Undisturbed(self.zygote, scratch / "undisturbed", WHOLE)
@@ -162,6 +198,82 @@ class Faults:
         assert found == nonempty
         return [row("one bit flipped in a stored file", found, "named by its hash")]
 
+    def tests(self) -> list[Row]:
+        """Faults that the test suite has, one a test."""
+        rows = []
+        for fault, outcome, places in TESTS:
+            path = self.scratch / "junit.xml"
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", "-q", f"--junitxml={path}", *places],
+                cwd=ROOT, capture_output=True, text=True,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout + done.stderr
+            (suite,) = ElementTree.parse(path).getroot()
+            passed = int(suite.get("tests", 0)) - int(suite.get("skipped", 0))
+            rows.append(row(fault, passed, outcome))
+        return rows
+
+    def gc(self) -> list[Row]:
+        """Many runs in one store, half of them deleted."""
+        directory, runs = self.new(), 50
+        for number in range(runs):
+            write(directory, {
+                **SMALL,
+                "calibration": {**SMALL["calibration"], "samples": 4 + number},
+            })  # fmt: skip
+            code, printed = self.zygote.run(directory)
+            assert code == 0, printed
+        made = sorted((directory / "runs" / "recipe").iterdir())
+        assert len(made) == runs
+        for path in made[::2]:
+            shutil.rmtree(path)
+        kept = {
+            stage["key"]
+            for path in made[1::2]
+            for stage in json.loads((path / "report" / "report.json").read_text())["stages"]
+        }
+        before = stored(directory)
+        code, printed = self.zygote.run(directory, "gc")
+        assert code == 0, printed
+        after = stored(directory)
+        assert set(after) == kept and len(before) > len(after), printed
+        assert after == {key: before[key] for key in kept}
+        freed = f"{len(before) - len(after)} stages freed, {len(after)} kept whole"
+        return [row("50 runs in one store, 25 deleted, `compress gc`", runs, freed)]
+
+    def soak(self) -> list[Row]:
+        """A served model under load, in rounds as they are measured."""
+        from compressor.measure import metrics
+        from compressor.measure.engines.vllm import VllmServer
+        from compressor.measure.fleet import vllm_interpreter
+        from compressor.measure.load import closed_loop, run_load
+
+        model = tiny.build("qwen3", self.scratch / "served")
+        prompts, rounds = [[5 + n % 200] * (8 + n % 24) for n in range(64)], 20
+        resident: list[float] = []
+        flags = ("--max-model-len", "256")
+        python, log = vllm_interpreter(None), self.scratch / "vllm.log"
+        with VllmServer(python, model, log, flags) as server:
+            for _ in range(rounds):
+                result = run_load(
+                    server.client,
+                    lambda client: closed_loop(
+                        client,
+                        prompts,
+                        concurrency=16,
+                        requests=self.requests // rounds,
+                        output_lengths=16,
+                    ),
+                )
+                assert metrics.error_rate(result.samples) == 0
+                resident.append(psutil.Process().memory_info().rss / 1e6)
+        early, late = resident[rounds // 4], resident[-1]
+        assert late < early + 5, resident
+        outcome = (
+            f"load generator: {early:.0f} MB resident after a quarter, {late:.0f} MB at the end"
+        )
+        return [row("measured load on vLLM, requests", self.requests, outcome)]
+
     def fuzz(self) -> list[Row]:
         rows = []
         for name in TARGETS:
@@ -207,14 +319,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--random", type=int, default=100)
     parser.add_argument("--fuzz", type=int, default=100_000)
-    parts = ("kills", "interrupts", "clock", "together", "disk", "bits", "fuzz")
+    parser.add_argument("--requests", type=int, default=10_000)
+    parts = (
+        "kills", "interrupts", "clock", "together", "disk", "bits", "tests", "fuzz", "gc", "soak",
+    )  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     arguments = parser.parse_args()
     path = arguments.output / "faults.json"
     kept: dict[str, list[Row]] = json.loads(path.read_text()) if path.exists() else {}
     arguments.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        faults = Faults(Path(scratch), arguments.random, arguments.fuzz)
+        faults = Faults(Path(scratch), arguments.random, arguments.fuzz, arguments.requests)
         for name in arguments.only:
             part: Callable[[], list[Row]] = getattr(faults, name)
             kept[name] = part()
