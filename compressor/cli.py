@@ -942,7 +942,7 @@ def _load(recipe: Path, output: Path | None, only: list[str] | None) -> Recipe:
 def _store(loaded: Recipe, store: Path | None) -> Store:
     from compressor.store import Store
 
-    return Store((store or loaded.store_dir).resolve())
+    return Store((store or loaded.store_dir).resolve(), loaded.shared_store)
 
 
 def _plan(loaded: Recipe, store: Path | None, only: list[str] | None, proofs: bool = True) -> Plan:

@@ -23,6 +23,7 @@ from compressor.store import Store
 ALONE = ("measure", "served", "accept")  # kinds of stages that take times
 RETRIES = 3  # of a stage whose worker was lost
 _FIX = "start it (`ray start --head`), or leave the address out: `--on ray` starts one here"
+_SHARED = "give a --store that every node sees under the same path, or `shared_store`"
 # Of the driver's environment; no secrets, since Ray shows what it is given.
 _ENVIRONMENT = ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "COMPRESSOR_CHECKPOINT_SECONDS")
 
@@ -59,7 +60,7 @@ def spread(plan: Plan, address: str | None, progress: Progress) -> Spread:
     A stage that fails takes its variant with it; the others go on, as in a local run.
 
     Args:
-        plan: what to do; its store must be a directory that every node sees under the same path.
+        plan: what to do; every node sees its store under the same path, or there is a shared one.
         address: of a running cluster; None starts one with this machine's processors.
         progress: where to report.
 
@@ -143,13 +144,13 @@ class _Driver:
         if key in self.outcome.broken:
             self._fail(place, stage, key, self.outcome.broken[key])
             return True
-        if self.plan.store.get(key) is not None:
+        if self.plan.store.has(key):
             self.keys[stage.name] = key
             return True
         if any(key == other for _, _, other in self.running.values()):
             return False  # another variant's equal stage
         ref = self.work.options(**self._request(stage)).remote(
-            stage, key, inputs, str(self.plan.store.root)
+            stage, key, inputs, str(self.plan.store.root), self.plan.recipe.shared_store
         )
         self.running[ref] = (place, stage, key)
         return True
@@ -179,11 +180,11 @@ class _Driver:
         except Exception as lost:  # the worker was lost once too often, or of a fault of ours
             error = {"what": f"{stage.name}: lost on the cluster: {first_line(lost)}"}
         if error is None:
-            if self.plan.store.get(key) is None:
+            if not self.plan.store.has(key):
                 raise RunError(
                     f"{stage.name} was made elsewhere: the store is not shared",
                     where=str(self.plan.store.root),
-                    fix="give a --store that every node sees under the same path",
+                    fix=_SHARED,
                 )
             self.keys[stage.name] = key
             self.outcome.made.add(key)
@@ -204,7 +205,7 @@ class _Driver:
 
 
 def make_stage(
-    stage: Stage, key: str, inputs: dict[str, str], root: str
+    stage: Stage, key: str, inputs: dict[str, str], root: str, shared: str | None
 ) -> dict[str, str | None] | None:
     """Make a stage on a worker.
 
@@ -213,6 +214,7 @@ def make_stage(
         key: its content key.
         inputs: keys of its inputs by name.
         root: of the store.
+        shared: address of the shared store, if there is one.
 
     Returns:
         None, or what went wrong: ``what``, ``where`` and ``fix``.
@@ -227,17 +229,17 @@ def make_stage(
                 where=os.uname().nodename,
                 fix="install the same versions everywhere (constraints.txt)",
             )
-        store = Store(Path(root))
+        store = Store(Path(root), shared)
         found = {name: store.get(own) for name, own in inputs.items()}
         known = {name: stored for name, stored in found.items() if stored is not None}
         if len(known) < len(found):
             raise RunError(
                 f"{stage.name}: its inputs are not there: the store is not shared",
                 where=f"{os.uname().nodename}:{root}",
-                fix="give a --store that every node sees under the same path",
+                fix=_SHARED,
             )
         check_inputs(known, set())
-        make(store, stage, key, known, SilentProgress())
+        store.share(make(store, stage, key, known, SilentProgress()))
     except CompressorError as error:
         return {"what": error.what, "where": error.where, "fix": error.fix}
     return None

@@ -206,7 +206,7 @@ class _Builder:
         plain = json.loads(json.dumps(config))
         draft = Stage(name, kind, variant, plain, tuple(inputs), "", False, estimate, local or {})
         key = draft.key_given({n: self.stages[n].key for n in inputs})
-        cached = self.store.get(key) is not None
+        cached = self.store.has(key)
         if cached or any(stage.key == key for stage in self.stages.values()):
             estimate = Estimate(0.0, 0, 0)  # done before, or by another variant's stage
         self.stages[name] = Stage(

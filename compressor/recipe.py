@@ -947,6 +947,11 @@ class Recipe(_Section):
     store: str = Field(
         ".compressor", description="Directory of finished stages, relative to the recipe."
     )
+    shared_store: str | None = Field(
+        None,
+        description="Address of finished stages that several machines share, of any file system "
+        "that fsspec knows: s3://bucket/prefix, gs://..., file:///mnt/...",
+    )
     _path: Path = PrivateAttr(default=Path())
     _value: dict[str, Any] = PrivateAttr(default_factory=dict)
 

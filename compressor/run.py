@@ -160,6 +160,7 @@ def _run_stage(plan: Plan, stage: Stage, outcome: _Outcome, progress: Progress, 
         if key not in outcome.made:
             outcome.cached.add(stage.name)
         _log(log, "cached", stage, key=key)
+    plan.store.share(stored)
     outcome.done[stage.name] = stored
 
 

@@ -8,7 +8,8 @@ Layout under the store's root::
     file-hashes.json           SHA-256 of source files by (path, size, mtime): planning is fast
 
 A stage is published by one atomic rename after every file and the directory were synced to disk:
-a directory under ``objects/`` is whole or it is not there.
+a directory under ``objects/`` is whole or it is not there. Stages that another machine finished
+come from a shared store (`compressor.remote`), where one is named.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressor.errors import RunError
+from compressor.remote import MANIFEST
 
-MANIFEST = "stage.json"
+if TYPE_CHECKING:
+    from compressor.remote import Remote
+
 _CHUNK = 1 << 22
 
 
@@ -146,13 +150,20 @@ class Store:
 
     Args:
         root: directory of the store; made when it does not exist.
+        shared: address of more of them, that other machines use too; see `remote.Remote`.
 
     Raises:
         RunError: the directory cannot be made or written.
+        RecipeError: the address cannot be used.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, shared: str | None = None) -> None:
         self.root = root
+        self.remote: Remote | None = None
+        if shared is not None:
+            from compressor.remote import Remote
+
+            self.remote = Remote(shared)
         try:
             for name in ("objects", "partial", "locks"):
                 (root / name).mkdir(parents=True, exist_ok=True)
@@ -166,8 +177,39 @@ class Store:
     def path(self, key: str) -> Path:
         return self.root / "objects" / key[:2] / key
 
+    def has(self, key: str) -> bool:
+        """Whether a stage of that key is finished, here or in the shared store."""
+        if (self.path(key) / MANIFEST).exists():
+            return True
+        return self.remote is not None and self.remote.manifest(key) is not None
+
     def get(self, key: str) -> StoredStage | None:
-        """The finished stage of that key, or None."""
+        """The finished stage of that key, fetched from the shared store if need be, or None.
+
+        Raises:
+            RunError: its manifest is damaged, or what was fetched is not what was written.
+        """
+        return self._local(key) or self._fetched(key)
+
+    def _fetched(self, key: str) -> StoredStage | None:
+        manifest = self.remote.manifest(key) if self.remote is not None else None
+        if self.remote is None or manifest is None:
+            return None
+        # Of this process alone: who fetches the same besides loses the race for the name.
+        working = self.root / "partial" / f"{key}.fetched.{os.getpid()}"
+        shutil.rmtree(working, ignore_errors=True)
+        working.mkdir()
+        self.remote.pull(key, manifest, working)
+        check_files(working, manifest["files"])
+        self._place(key, working, manifest)
+        return self._local(key)
+
+    def share(self, stored: StoredStage) -> None:
+        """Put a finished stage into the shared store, where there is one that lacks it."""
+        if self.remote is not None:
+            self.remote.push(stored.key, stored.path, stored.manifest)
+
+    def _local(self, key: str) -> StoredStage | None:
         path = self.path(key)
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -229,15 +271,24 @@ class Store:
             for path, digest in zip(paths, file_sha256s(paths), strict=True)
         ]
         whole = {**manifest, "key": key, "files": files, "finished": time.time()}
-        (working / MANIFEST).write_text(json.dumps(whole, indent=1), encoding="utf-8")
+        self._place(key, working, whole)
+        return StoredStage(key, self.path(key), whole)
+
+    def _place(self, key: str, working: Path, manifest: Mapping[str, Any]) -> None:
+        """Write the manifest, sync everything, and rename into place."""
+        (working / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in working.rglob("*"):
             _sync(path)
         _sync(working)
         final = self.path(key)
         final.parent.mkdir(exist_ok=True)
-        os.rename(working, final)
+        try:
+            os.rename(working, final)
+        except OSError:
+            if not (final / MANIFEST).exists():  # else another process was sooner
+                raise
+            shutil.rmtree(working, ignore_errors=True)
         _sync(final.parent)
-        return StoredStage(key, final, whole)
 
     def discard_partial(self, key: str) -> None:
         """Forget what an unfinished stage has written."""
