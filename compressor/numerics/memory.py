@@ -21,9 +21,9 @@ Made = TypeVar("Made")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _KEEP = 1 << 30
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+WAITING_SHARE = 0.4  # of the free memory that batches may take which wait for a linear
 _NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "can't start new thread")
 _resident = 0  # bytes of the process after freed pages were last handed back
-WAITING_SHARE = 0.4  # of the free memory that batches may take which wait for a linear
 
 
 @functools.cache
@@ -109,10 +109,7 @@ def suppress_out_of_memory() -> Iterator[None]:
             raise
     else:
         return
-    if (
-        keep_freed_pages()
-    ):  # what was freed meanwhile lies in pieces that a smaller batch may not use
-        ctypes.CDLL(None).malloc_trim(0)
+    trim()  # what was freed lies in pieces that a smaller batch may not use
 
 
 @contextlib.contextmanager
