@@ -73,8 +73,11 @@ class Context:
 
     @property
     def model_dir(self) -> Path:
-        """Checkpoint that the stage works on: the rotated one where the variant is rotated."""
-        rotated = self.find("rotate")
+        """Checkpoint that the stage works on: the rotated one where the variant is rotated, by us
+        or by who made what was imported."""
+        rotated, imported = self.find("rotate"), self.find("import")
+        if imported is not None and imported.result.get("checkpoint"):
+            rotated = imported
         return rotated.path / "checkpoint" if rotated else self.baseline_dir
 
     def tokenizer(self) -> Any:

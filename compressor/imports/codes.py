@@ -2,7 +2,8 @@
 
 Evaluation, export and measurement read the files that `compressor.quantize.codes` describes,
 whoever chose the codes. A GGUF file has block types that no grid of ours holds: it becomes a plain
-checkpoint of the values that it stands for, in float32 (``checkpoint``).
+checkpoint of the values that it stands for, in float32 (``checkpoint``). So does, for what is not
+quantized, a model whose output layer is no longer the embeddings', as after a rotation.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any
 import torch
 
 from compressor.errors import RunError
+from compressor.export.artifact import MAX_SHARD_BYTES
 from compressor.imports.packed import PackedCheckpoint, open_packed
 from compressor.models.architecture import CausalLM
-from compressor.models.checkpoint import Checkpoint
+from compressor.models.checkpoint import Checkpoint, TensorWriter, copy_others
 from compressor.models.gguf_file import open_gguf
 from compressor.models.source import ResolvedSource, materialise
 from compressor.numerics.scheme import Scheme
@@ -56,7 +58,8 @@ def import_model(
 
     Returns:
         What `driver.quantize_model` returns, as far as it is known: seconds, tokens (0), scheme,
-        coverage, head; and ``imported``, the format; ``dense``, whether there are no codes.
+        coverage, head; and ``imported``, the format; ``dense``, whether there are no codes;
+        ``checkpoint``, whether the codes are of the checkpoint beside them, not of the baseline.
 
     Raises:
         RunError: the format is not read, or it is another model.
@@ -90,6 +93,13 @@ def _import_packed(
     if head is not None and head.name not in names:
         head = None
     coverage = Coverage(model, head)
+    own_head = _own_head(model, packed) if head is None else None
+    changed = _changed(model, packed, names)
+    if own_head is not None:
+        # Whose output layer parted from the embeddings without being quantized was rotated, or
+        # changed as a whole in some other way: its weights are not the baseline's plus an error.
+        _write_checkpoint(model, changed | own_head, directory / CHECKPOINT)
+        changed = {}
     blocks = [(index, model.linears(index)) for index in range(len(model.blocks))]
     if head is not None:
         blocks.append((len(blocks), [head]))
@@ -107,10 +117,11 @@ def _import_packed(
             tensors |= flatten(ref.name, tensor)
             schemes[scheme] += weight.numel()
             done.add(ref.name)
-            records.append(_record(index, ref.name, scheme.to_dict(), weight, tensor.dequantize()))
+            record = _record(index, ref.name, scheme.to_dict(), weight, tensor.dequantize())
+            records.append(record if own_head is None else record | {"error": None})
         path = directory / HEAD if index == len(model.blocks) else block_file(directory, index)
         if index == 0:
-            tensors |= _changed(model, packed, names)
+            tensors |= {f"{key}.replaced": value for key, value in changed.items()}
         save_synced(tensors, path, {})
         advance(f"block {index}")
     if strange := names - done:
@@ -124,13 +135,52 @@ def _import_packed(
         "head": head.name if head is not None else None,
         "imported": packed.format,
         "dense": False,
+        "checkpoint": own_head is not None,
     }
+
+
+def _own_head(model: CausalLM, packed: PackedCheckpoint) -> dict[str, torch.Tensor] | None:
+    """The output layer's weight by its name, where it was the embeddings' and no longer is."""
+    path = packed.source.directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    tied = config.get("text_config", config).get("tie_word_embeddings", True)
+    head = model.head()
+    if head is None or not model.head_is_tied or tied:
+        return None
+    key = f"{head.name}.weight"
+    if not packed.source.has(key):
+        return None
+    weight = packed.source.tensor(key)
+    if weight.shape != model.checkpoint.shape(model.head_key()):
+        raise _another(f"{key} is {tuple(weight.shape)}", packed)
+    return {key: weight}
+
+
+def _write_checkpoint(model: CausalLM, tensors: dict[str, torch.Tensor], directory: Path) -> None:
+    """The baseline with other tensors, and an output layer of its own."""
+    source = model.checkpoint
+    shutil.rmtree(directory, ignore_errors=True)  # what a killed attempt left
+    directory.mkdir()
+    writer = TensorWriter(directory, MAX_SHARD_BYTES)
+    for key in source.names:
+        if key not in tensors:
+            writer.add(key, source.tensor(key))
+    for key, value in tensors.items():
+        writer.add(key, value)
+    writer.close()
+    copy_others(source.directory, directory)
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _changed(
     model: CausalLM, packed: PackedCheckpoint, quantized: set[str]
 ) -> dict[str, torch.Tensor]:
-    """Unquantized tensors that are not the baseline's, such as norms that AWQ scaled."""
+    """Unquantized tensors that are not the baseline's, such as norms that AWQ scaled, by name."""
     found = {}
     for key in model.checkpoint.names:
         if key.removesuffix(".weight") in quantized or not packed.source.has(key):
@@ -139,7 +189,7 @@ def _changed(
         if theirs.shape != ours.shape:
             raise _another(f"{key} is {tuple(theirs.shape)}", packed)
         if not torch.equal(theirs.float(), ours.float()):
-            found[f"{key}.replaced"] = theirs
+            found[key] = theirs
     return found
 
 

@@ -15,6 +15,7 @@ from tests.projects import report, write
 WIDE = 4096  # what an MLP holds of a whole batch between its linears takes 268 MB, three times over
 RECIPE: dict[str, Any] = {
     **SMALL,
+    "variants": {"int4": {**SMALL["variants"]["int4"], "ignore": [r".*\.down_proj"]}},  # 4096 wide
     "calibration": {**SMALL["calibration"], "samples": 128, "length": 128, "batch_size": 128},
     "evaluate": {
         **SMALL["evaluate"],

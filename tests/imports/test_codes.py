@@ -140,10 +140,13 @@ def test_a_damaged_scale_is_found(tmp_path: Path, theirs: Path) -> None:
         read(tmp_path / "model", theirs, tmp_path / "read")
 
 
-def test_a_run_compares_it_with_our_own(project: Path) -> None:
-    """The same codes, once as our variant and once imported, are judged alike."""
+@pytest.mark.parametrize("before", [[], ["rotation"]])
+def test_a_run_compares_it_with_our_own(project: Path, before: list[str]) -> None:
+    """The same codes, once as our variant and once imported, are judged alike; also where the
+    output layer had the embeddings' weight and has one of its own since a rotation."""
     recipe = copy.deepcopy(RECIPE)
-    recipe["variants"] = {"ours": {"quantize": [{"rtn": {"scheme": "W4A16", "group_size": 32}}]}}
+    steps = [*before, {"rtn": {"scheme": "W4A16", "group_size": 32}}]
+    recipe["variants"] = {"ours": {"quantize": steps}}
     recipe["export"] = ["compressed-tensors", "gptq", "awq", "safetensors"]
     first = completed(project, recipe)
     (run,) = (project / "runs" / "recipe").iterdir()
@@ -159,3 +162,6 @@ def test_a_run_compares_it_with_our_own(project: Path) -> None:
         entry = next(v for v in second["variants"] if v["name"] == fmt)
         assert entry["algorithm"] == "import" and entry["scheme"] == "W4A16"
         assert {a["format"] for a in entry["artifacts"]} == set(recipe["export"])
+        assert not any(a["verification"]["verified"] is False for a in entry["artifacts"])
+        layers = entry["quantization"]["layers"]
+        assert all((layer["error"] is None) == bool(before) for layer in layers)
