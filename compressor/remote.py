@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -88,7 +89,7 @@ class Remote:
             target = directory / inside
             target.parent.mkdir(parents=True, exist_ok=True)
             source = self._path(key, entry["path"])
-            self._tried(lambda s=source, t=target: self.fs.get_file(s, str(t)))
+            self._tried(partial(self.fs.get_file, source, str(target)))
 
     def push(self, key: str, directory: Path, manifest: dict[str, Any]) -> None:
         """Write a finished stage, unless it is there.
@@ -98,14 +99,15 @@ class Remote:
         """
         if self.manifest(key) is not None:
             return
-        self._tried(lambda: self.fs.makedirs(self._path(key), exist_ok=True))
         for entry in manifest["files"]:
             target = self._path(key, entry["path"])
-            self._tried(lambda t=target: self.fs.makedirs(t.rpartition("/")[0], exist_ok=True))
-            source = str(directory / entry["path"])
-            self._tried(lambda s=source, t=target: self.fs.put_file(s, t))
+            self._tried(partial(self.fs.makedirs, target.rpartition("/")[0], exist_ok=True))
+            self._tried(partial(self.fs.put_file, str(directory / entry["path"]), target))
         data = (directory / MANIFEST).read_bytes()
-        self._tried(lambda: self.fs.pipe_file(self._path(key, MANIFEST), data))
+        self._tried(
+            partial(self.fs.makedirs, self._path(key), exist_ok=True)
+        )  # it may have no files
+        self._tried(partial(self.fs.pipe_file, self._path(key, MANIFEST), data))
 
     def _path(self, key: str, *names: str) -> str:
         return "/".join((self.root.rstrip("/"), "objects", key[:2], key, *names))
