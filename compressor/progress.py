@@ -55,24 +55,13 @@ class Progress(Protocol):
         """Tell what is to be known and is no step."""
 
 
-class Lowered:
-    """Tells of each smaller batch that lack of memory forces.
+def telling_lowered(progress: Progress, work: str) -> Callable[[int], None]:
+    """Tells of each smaller batch that lack of memory forces on some work."""
 
-    Args:
-        progress: where.
-        work: that goes on with them.
+    def tell(size: int) -> None:
+        progress.say(f"{work}: out of memory, batches of {size} from here on")
 
-    Attributes:
-        smallest: of them; None where memory sufficed.
-    """
-
-    def __init__(self, progress: Progress, work: str) -> None:
-        self.progress, self.work = progress, work
-        self.smallest: int | None = None
-
-    def __call__(self, size: int) -> None:
-        self.smallest = min(size, self.smallest or size)
-        self.progress.say(f"{self.work}: out of memory, batches of {size} from here on")
+    return tell
 
 
 class _Silent:

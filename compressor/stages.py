@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from compressor import speculate_stages, task_stages
 from compressor.errors import RecipeError, RunError
 from compressor.plan import Stage
-from compressor.progress import Lowered, Progress, counting
+from compressor.progress import Progress, counting, telling_lowered
 from compressor.store import StoredStage, write_atomic
 
 if TYPE_CHECKING:
@@ -390,7 +390,7 @@ def quantize(context: Context) -> dict[str, Any]:
             dtype=dtype,
             device=device,
             advance=counting(task),
-            lowered=Lowered(context.progress, title),
+            lowered=telling_lowered(context.progress, title),
         )
     facts["kv_cache"] = kv_cache
     return facts | ({"allocation": allocation} if allocation else {})
@@ -676,7 +676,7 @@ def evaluate(context: Context) -> dict[str, Any]:
     batch, length, bins = (context.config[key] for key in ("batch_size", "length", "bins"))
 
     title = f"evaluate {context.stage.variant}"
-    lowered = Lowered(context.progress, title)
+    lowered = telling_lowered(context.progress, title)
 
     def score(name: str, batch: int, advance: Callable[[int], None]) -> tuple[Scores, Scores]:
         """(scores, the baseline's) of the windows in a file."""
@@ -711,12 +711,7 @@ def evaluate(context: Context) -> dict[str, Any]:
     drift = None
     if texts.result["prompts"]:
         drift = _drift(context, model, texts, baseline, lowered)
-    return {
-        "quality": results,
-        "positions": positions,
-        "drift": drift,
-        "lowered_batch": lowered.smallest,
-    }
+    return {"quality": results, "positions": positions, "drift": drift}
 
 
 def _drift(

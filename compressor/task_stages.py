@@ -23,7 +23,7 @@ def tasks(context: Context) -> dict[str, Any]:
     from compressor.evaluate.lm import LoadedLM
     from compressor.evaluate.tasks import counter, quiet
     from compressor.models.architecture import CausalLM
-    from compressor.progress import Lowered
+    from compressor.progress import telling_lowered
     from compressor.quantize.stream import calibration_dtype
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,21 +37,19 @@ def tasks(context: Context) -> dict[str, Any]:
         model.generation_config = GenerationConfig.from_pretrained(context.model_dir)
     tokenizer = context.tokenizer()
     title = f"tasks {context.stage.variant}"
-    lowered = Lowered(context.progress, title)
     with context.progress.task(title, None) as task, quiet():
         lm = LoadedLM(
             model,
             tokenizer,
             batch_tokens=context.config["batch_tokens"],
             advance=counter(lambda note: task.update(note=note)),
-            lowered=lowered,
+            lowered=telling_lowered(context.progress, title),
         )
         result = _run(context, lm, loaded, tokenizer)
     return result | {
         "tokens": lm.tokens,
         "tokens_computed": lm.tokens_computed,
         "dtype": str(dtype).removeprefix("torch."),
-        "lowered_batch": lowered.smallest,
     }
 
 

@@ -230,3 +230,37 @@ def test_generated_answers_are_those_of_lm_eval(directories: dict[str, Path], ar
     lm = LoadedLM(model, tokenizer, batch_tokens=64, advance=done.append)
     assert lm.generate_until(requests) == expected
     assert sum(done) == len(requests)
+
+
+def test_batches_are_halved_where_memory_lacks(directories: dict[str, Path]) -> None:
+    model, tokenizer = load(directories["llama"])
+    asked = questions(12)
+    writing = [
+        Instance("generate_until", {}, (" ".join(WORDS[n : n + 9]), {"max_gen_toks": 4}), 0)
+        for n in range(0, 40, 5)
+    ]
+    plain = LoadedLM(model, tokenizer)
+    expected = plain.loglikelihood(asked), plain.generate_until(writing)
+    most = 100  # tokens that fit
+
+    def check_room(module: Any, args: Any, kwargs: Any) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is not None and ids.numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+
+    handle = model.model.register_forward_pre_hook(check_room, with_kwargs=True)
+    try:
+        for number, kind in enumerate(("loglikelihood", "generate_until")):
+            told: list[int] = []
+            lm = LoadedLM(model, tokenizer, batch_tokens=4096, lowered=told.append)
+            found = getattr(lm, kind)((asked, writing)[number])
+            assert told and told == sorted(told, reverse=True)
+            if kind == "loglikelihood":
+                check(found, expected[0], 1e-5)
+            else:
+                assert found == expected[1]
+        most = 10
+        with pytest.raises(RunError, match="batch of one"):
+            LoadedLM(model, tokenizer).loglikelihood(asked)
+    finally:
+        handle.remove()

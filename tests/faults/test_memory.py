@@ -22,9 +22,6 @@ RECIPE: dict[str, Any] = {
         "texts": [{"name": "novel", "source": "builtin:novel", "max_tokens": 128 * 128}],
         "length": 128,
         "batch_size": 128,
-        "tasks": ["builtin:social_iqa"],
-        "tasks_limit": 64,
-        "tasks_batch_tokens": 16384,
     },
 }
 
@@ -37,7 +34,7 @@ def test_batches_are_halved(zygote: Zygote, tmp_path: Path) -> None:
         write(directory, RECIPE)
         code, printed = zygote.run(directory, "run", "recipe.yaml", "--force", **job)
         assert code == 0, printed
-        for work in ("quantize int4", "evaluate baseline", "evaluate int4", "tasks int4"):
+        for work in ("quantize int4", "evaluate baseline", "evaluate int4"):
             said = f"{work}: out of memory, batches of " in printed
             assert said == (name == "narrow"), printed
         found.append(report(directory))
