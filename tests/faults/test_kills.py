@@ -59,7 +59,7 @@ def test_killed_at_every_point(zygote: Zygote, small: Undisturbed, tmp_path: Pat
 
 def test_killed_at_random(zygote: Zygote, small: Undisturbed, tmp_path: Path) -> None:
     directory = project(tmp_path, small.recipe)
-    assert die_at_random(zygote, directory, 8, 3.0) > 2
+    assert die_at_random(zygote, directory, 8, 0.8) > 2
     code, printed = zygote.run(directory)
     assert code == 0, printed
     small.same(directory)
@@ -69,7 +69,7 @@ def test_interrupted_is_said_so_and_goes_on(
     zygote: Zygote, small: Undisturbed, tmp_path: Path
 ) -> None:
     directory = project(tmp_path, small.recipe)
-    code, printed = zygote.run(directory, after=1.5, signal=int(signal.SIGINT))
+    code, printed = zygote.run(directory, after=0.4, signal=int(signal.SIGINT))
     assert code == 130 and "Traceback" not in printed
     assert "run the same command again" in printed
     code, printed = zygote.run(directory)
