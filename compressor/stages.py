@@ -615,7 +615,6 @@ def verify(context: Context) -> dict[str, Any]:
     Raises:
         RunError: it does not load, or something else is computed from it.
     """
-
     from compressor.data.sources import load_texts
     from compressor.data.tokens import prompt_tokens
     from compressor.export import verify as proof

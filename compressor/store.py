@@ -201,8 +201,7 @@ class Store:
         working.mkdir()
         self.remote.pull(key, manifest, working)
         check_files(working, manifest["files"])
-        self._place(key, working, manifest)
-        return self._local(key)
+        return self._place(key, working, manifest)
 
     def share(self, stored: StoredStage) -> None:
         """Put a finished stage into the shared store, where there is one that lacks it."""
@@ -271,11 +270,10 @@ class Store:
             for path, digest in zip(paths, file_sha256s(paths), strict=True)
         ]
         whole = {**manifest, "key": key, "files": files, "finished": time.time()}
-        self._place(key, working, whole)
-        return StoredStage(key, self.path(key), whole)
+        return self._place(key, working, whole)
 
-    def _place(self, key: str, working: Path, manifest: Mapping[str, Any]) -> None:
-        """Write the manifest, sync everything, and rename into place."""
+    def _place(self, key: str, working: Path, manifest: dict[str, Any]) -> StoredStage:
+        """Write the manifest, sync everything, and rename into place; the stage that is there."""
         (working / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in working.rglob("*"):
             _sync(path)
@@ -285,10 +283,12 @@ class Store:
         try:
             os.rename(working, final)
         except OSError:
-            if not (final / MANIFEST).exists():  # else another process was sooner
+            if (sooner := self._local(key)) is None:  # another process's
                 raise
             shutil.rmtree(working, ignore_errors=True)
+            return sooner
         _sync(final.parent)
+        return StoredStage(key, final, manifest)
 
     def discard_partial(self, key: str) -> None:
         """Forget what an unfinished stage has written."""

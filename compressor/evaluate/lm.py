@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 
 from compressor.errors import RunError
 from compressor.evaluate.packed import Scored, Scorer
-from compressor.numerics.memory import halved, suppress_out_of_memory
+from compressor.numerics.memory import suppress_out_of_memory
 
 _ALL = 1 << 30  # HFLM hands rolling windows over so many at a time
 
@@ -114,8 +114,7 @@ class LoadedLM(HFLM):
             with suppress_out_of_memory():
                 made = super().generate_until([requests[i] for i in batch], disable_tqdm=True)
             if not made:
-                halved(len(batch))  # nothing is to be done about one that is too long
-                self.scorer.lower()
+                self.scorer.lower(len(batch))
                 continue
             order = order[many:]
             answers |= zip(batch, made, strict=True)

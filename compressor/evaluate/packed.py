@@ -353,8 +353,7 @@ class Scorer:
             with suppress_out_of_memory():
                 made = self._score(batch, requests)
             if not made:
-                halved(len(batch))  # nothing is to be done about one that is too long
-                self.lower()
+                self.lower(len(batch))
                 continue
             for index, scored in made:
                 results[index] = scored
@@ -362,8 +361,10 @@ class Scorer:
             advance(sum(len(paths) for _, paths in batch))
         return results
 
-    def lower(self) -> None:
-        """After memory did not suffice: half as many tokens from here on."""
+    def lower(self, count: int) -> None:
+        """After memory did not suffice for so many together: half as many tokens from here on;
+        RunError where it was but one."""
+        halved(count)
         self.batch_tokens = max(1, self.batch_tokens // 2)
         self._lowered(self.batch_tokens)
 

@@ -13,7 +13,7 @@ import torch
 from compressor.errors import RunError
 from compressor.export.artifact import MAX_SHARD_BYTES
 from compressor.models.architecture import CausalLM
-from compressor.models.checkpoint import Checkpoint, TensorWriter
+from compressor.models.checkpoint import Checkpoint, TensorWriter, untie
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import Scheme
 
@@ -72,9 +72,7 @@ def write_weights(
         writer.add(name, value)
     writer.close()
     if head is not None:
-        for part in (config, config.get("text_config")):
-            if isinstance(part, dict):
-                part["tie_word_embeddings"] = False
+        untie(config)
     return config, schemes
 
 

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from compressor.errors import RunError
 from compressor.export.artifact import MAX_SHARD_BYTES
 from compressor.imports.packed import PackedCheckpoint, open_packed
 from compressor.models.architecture import CausalLM
-from compressor.models.checkpoint import Checkpoint, TensorWriter, copy_others
+from compressor.models.checkpoint import Checkpoint, untie, write_checkpoint
 from compressor.models.gguf_file import open_gguf
 from compressor.models.source import ResolvedSource, materialise
 from compressor.numerics.scheme import Scheme
@@ -159,21 +160,11 @@ def _own_head(model: CausalLM, packed: PackedCheckpoint) -> dict[str, torch.Tens
 def _write_checkpoint(model: CausalLM, tensors: dict[str, torch.Tensor], directory: Path) -> None:
     """The baseline with other tensors, and an output layer of its own."""
     source = model.checkpoint
-    shutil.rmtree(directory, ignore_errors=True)  # what a killed attempt left
-    directory.mkdir()
-    writer = TensorWriter(directory, MAX_SHARD_BYTES)
-    for key in source.names:
-        if key not in tensors:
-            writer.add(key, source.tensor(key))
-    for key, value in tensors.items():
-        writer.add(key, value)
-    writer.close()
-    copy_others(source.directory, directory)
+    kept = ((key, source.tensor(key)) for key in source.names if key not in tensors)
+    write_checkpoint(chain(kept, tensors.items()), source.directory, directory, MAX_SHARD_BYTES)
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict):
-            part["tie_word_embeddings"] = False
+    untie(config)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,13 @@ def copy_others(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
+def untie(config: dict[str, Any]) -> None:
+    """Say in a config.json that the output layer has a weight of its own."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part["tie_word_embeddings"] = False
+
+
 class TensorWriter:
     """Writes tensors as they come, with one shard in memory; equal input gives equal bytes.
 
@@ -269,3 +276,26 @@ class TensorWriter:
         self._written.append(sorted(self._shard))
         self._shard = {}
         self._bytes = 0
+
+
+def write_checkpoint(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    source: Path,
+    directory: Path,
+    max_shard_bytes: int,
+) -> None:
+    """Write a checkpoint's weights, and beside them what lies beside those of another.
+
+    Args:
+        tensors: by key, read once.
+        source: the checkpoint whose config, tokenizer and so on are taken.
+        directory: made anew.
+        max_shard_bytes: size at which a shard is closed.
+    """
+    shutil.rmtree(directory, ignore_errors=True)  # what a killed attempt left
+    directory.mkdir(parents=True)
+    writer = TensorWriter(directory, max_shard_bytes)
+    for key, value in tensors:
+        writer.add(key, value)
+    writer.close()
+    copy_others(source, directory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from compressor.errors import RunError
 from compressor.models.architecture import CausalLM
-from compressor.models.checkpoint import TensorWriter, copy_others
+from compressor.models.checkpoint import write_checkpoint
 
 _SHARD_BYTES = 4_000_000_000
 
@@ -55,11 +54,8 @@ def write_trained(opened: CausalLM, trained: Mapping[str, torch.Tensor], directo
         directory: made anew.
     """
     source = opened.checkpoint
-    shutil.rmtree(directory, ignore_errors=True)  # what a killed attempt left
-    directory.mkdir(parents=True)
-    writer = TensorWriter(directory, _SHARD_BYTES)
-    for key in source.names:
-        value = trained.get(key)
-        writer.add(key, source.tensor(key) if value is None else value.cpu().to(source.dtype(key)))
-    writer.close()
-    copy_others(source.directory, directory)
+    tensors = (
+        (key, trained[key].cpu().to(source.dtype(key)) if key in trained else source.tensor(key))
+        for key in source.names
+    )
+    write_checkpoint(tensors, source.directory, directory, _SHARD_BYTES)
