@@ -24,7 +24,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -275,19 +277,31 @@ class Faults:
         return [row("measured load on vLLM, requests", self.requests, outcome)]
 
     def fuzz(self) -> list[Row]:
-        rows = []
+        """Damaged inputs, a share for each processor."""
+        rows, shares = [], os.cpu_count() or 1
         for name in TARGETS:
+            # Each config.json that is not refused builds a model.
             count = self.fuzz_count if name != "config" else self.fuzz_count // 20
-            done = subprocess.run(
-                [sys.executable, "-m", "tests.faults.fuzzing", name, "--count", str(count)],
-                cwd=ROOT, capture_output=True, text=True,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stdout + done.stderr
-            told = json.loads(done.stdout)
-            outcome = f"{told['refused']:,} refused by one error each, the others read"
-            rows.append(row(f"damaged input: {name}", told["inputs"], outcome))
+            with ThreadPoolExecutor(shares) as pool:
+                told = list(pool.map(partial(_fuzzed, name, count // shares), range(shares)))
+            inputs, refused = (sum(one[key] for one in told) for key in ("inputs", "refused"))
+            outcome = f"{refused:,} refused by one error each, the others read"
+            rows.append(row(f"damaged input: {name}", inputs, outcome))
             print(rows[-1], flush=True)
         return rows
+
+
+def _fuzzed(name: str, count: int, seed: int) -> dict[str, int]:
+    """What a process of its own says of so many damaged inputs."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.faults.fuzzing", name),
+            *("--count", str(count), "--seed", str(seed)),
+        ],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
 
 
 def row(fault: str, tried: int, outcome: str) -> Row:

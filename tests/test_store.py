@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from compressor.errors import RunError
-from compressor.store import Store, canonical_json, content_key, write_atomic
+from compressor.store import Store, canonical_json, content_key, remove_leftovers, write_atomic
 
 
 def publish(store: Store, key: str, text: str = "data") -> Path:
@@ -51,6 +52,26 @@ def test_damage_is_found_and_named(tmp_path: Path, damage: str) -> None:
     assert found is not None
     with pytest.raises(RunError, match=r"file\.txt"):
         found.verify()
+
+
+def test_what_a_kill_left_behind_is_not_published(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.working("k1") as directory:
+        (directory / "sub").mkdir()
+        (directory / "sub" / ".file.txt.4711.tmp").write_text("hal")
+    publish(store, "k1")
+    found = store.get("k1")
+    assert found is not None
+    assert [f["path"] for f in found.manifest["files"]] == ["sub/file.txt"]
+
+
+def test_what_is_being_written_is_no_leftover(tmp_path: Path) -> None:
+    writing, left = tmp_path / ".a.1.tmp", tmp_path / ".b.2.tmp"
+    left.touch()
+    with open(writing, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        remove_leftovers(tmp_path)
+    assert writing.exists() and not left.exists()
 
 
 def test_partial_work_is_not_a_finished_stage_and_survives(tmp_path: Path) -> None:

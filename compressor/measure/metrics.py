@@ -24,6 +24,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -170,6 +171,7 @@ def by_round(samples: Iterable[RequestSample]) -> dict[int, list[RequestSample]]
     return dict(sorted(groups.items()))
 
 
+@cache
 def student_quantile(probability: float, degrees: int) -> float:
     """Quantile of Student's t for 0.5 <= probability < 1, by Simpson's rule and bisection.
 

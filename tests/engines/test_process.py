@@ -19,6 +19,10 @@ SERVER = """
 import http.server, json, os, sys, time
 if MODE == "dies":
     print("no such model", flush=True); sys.exit(3)
+if MODE == "chatters":
+    for line in ("0 errors", "(worker) ValueError: not divisible", *range(60), "see above"):
+        print(line, flush=True)
+    sys.exit(1)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         ill = MODE == "ill" and self.path == "/health"
@@ -99,6 +103,14 @@ def test_a_death_at_the_start_is_told_with_the_log(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"Small ended with code 3[\s\S]*no such model"):
         server.start()
     assert server.process is None
+
+
+def test_the_first_error_of_a_long_log_is_told(tmp_path: Path) -> None:
+    with pytest.raises(
+        RunError, match=r"\(worker\) ValueError: not divisible\s+\.\.\.\s+36\n"
+    ) as found:
+        Small(tmp_path, "chatters").start()
+    assert "0 errors" not in str(found.value) and str(found.value).endswith("see above")
 
 
 def test_a_server_that_never_gets_healthy_is_ended(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import argparse
 import gzip
 import json
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -212,8 +211,11 @@ def samples(directory: Path) -> Target:
 
 
 def verify(directory: Path) -> Target:
-    """The files of a run, one of which is damaged: each input names its file in its first line."""
-    from compressor.verify import verify as check
+    """The files of a run, one of which is damaged: each input names its file in its first line.
+
+    The report is drawn again for one input in 50: it takes nine tenths of the time.
+    """
+    from compressor import verify as module
     from tests import tiny
     from tests.projects import RECIPE, completed
 
@@ -237,7 +239,12 @@ def verify(directory: Path) -> Target:
     files = [p for p in sorted(run.rglob("*")) if p.suffix in kinds and p.stat().st_size < 200_000]
     names = [str(path.relative_to(run)) for path in files if "report" not in path.parts]
 
+    checks, number = module._CHECKS, 0
+    undrawn = tuple(one for one in checks if one[1] is not module._check_rendered)
+
     def feed(data: bytes) -> None:
+        nonlocal number
+        number += 1
         name, _, content = data.partition(b"\n")
         try:
             path = run / names[int(name, 16) % len(names)]
@@ -247,9 +254,11 @@ def verify(directory: Path) -> Target:
         path.chmod(0o644)
         try:
             path.write_bytes(content)
-            if not check(run).ok:
-                raise RunError("it is told", where=name, fix="")
+            module._CHECKS = undrawn if number % 50 else checks
+            if not module.verify(run).ok:
+                raise RunError("it is told", where=name.decode(), fix="")
         finally:
+            module._CHECKS = checks
             path.write_bytes(whole)
 
     return Target([b"%x\n" % i + (run / name).read_bytes() for i, name in enumerate(names)], feed)
@@ -286,4 +295,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
