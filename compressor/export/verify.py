@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import subprocess
 import tempfile
@@ -351,7 +352,7 @@ def _by_llama_cpp(directory: Path, _: str, reference: Reference, __: Limits) -> 
                 continue
             told = answer["completion_probabilities"][0]
             likely = {one["id"]: one["logprob"] for one in told["top_logprobs"]}
-            found.append((told["id"], likely.get(row[place])))
+            found.append((told["id"], likely.get(row[place], -math.inf)))
         return found
 
     def make(log: Path) -> LlamaCppServer:
@@ -368,7 +369,7 @@ def _served(
     consumer: str,
 ) -> Verification:
     """Judge a server by (token chosen, log-probability of the reference's token) at each place;
-    None where that is not among the likeliest, or not told."""
+    -inf where that is not among the likeliest, None where it is not told."""
     chosen: list[torch.Tensor] = []
     apart: list[float] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -381,11 +382,11 @@ def _served(
                     told = scores(server, row, start)
                     chosen.append(torch.tensor([token for token, _ in told]))
                     best = torch.log_softmax(own, -1).max(-1).values.tolist()
-                    for (token, value), mine, ours in zip(told, row[start:], best, strict=True):
-                        if value is not None:
-                            apart.append(abs(value - ours))
-                        elif token != mine:
-                            apart.append(float("inf"))
+                    apart += [
+                        abs(value - ours)
+                        for (_, value), ours in zip(told, best, strict=True)
+                        if value is not None
+                    ]
         except RunError as error:
             return _failed(consumer, None, error.what)
     mean = sum(apart) / max(len(apart), 1)

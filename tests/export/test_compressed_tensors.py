@@ -70,13 +70,18 @@ def test_what_is_read_back_is_what_was_quantized(tmp_path: Path, options: dict[s
 
 # transformers 5.23 expects an asymmetric grid's zero points unpacked, which is not the format's (or
 # vLLM's) layout, and so loads no such checkpoint of any tool.
-@pytest.mark.parametrize("options", [s for s in SCHEMES if s.get("symmetric", True)], ids=str)
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    # GPT-NeoX: transformers has another name for the output layer than the checkpoint.
+    [*(("llama", s) for s in SCHEMES if s.get("symmetric", True)), ("gpt_neox", SCHEMES[3])],
+    ids=str,
+)
 def test_transformers_computes_the_same_from_the_artifact(
-    tmp_path: Path, options: dict[str, Any]
+    tmp_path: Path, arch: str, options: dict[str, Any]
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    _, artifact, _ = make(tmp_path, "llama", **options)
+    _, artifact, _ = make(tmp_path, arch, **options)
     theirs = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32).eval()
     ours = ct.load_model(artifact)
     ids = torch.arange(5, 25).unsqueeze(0)
