@@ -56,6 +56,7 @@ GRIDS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ),
     ("FP8", {"scheme": "FP8"}, ("compressed-tensors",)),
 )
+_LEFT_OUT = "was left out (--engines)"
 GROUP_SIZES = (64, 32, 16)
 
 
@@ -146,7 +147,7 @@ def try_all(
     for consumer in READERS[fmt]:
         here, missing = available(fmt, [consumer] if consumer in args.engines else [])
         reasons = [why for why in missing.split("; ") if "verify.engines" not in why]
-        why = reasons[0] if reasons else f"{consumer} was left out (--engines)"
+        why = reasons[0] if reasons else f"{consumer} {_LEFT_OUT}"
         found = verify.verify_artifact(directory, fmt, reference, here, why, rounded=rounded)
         row = found.to_dict() | {"consumer": consumer, "size_bytes": size, "tokens_per_s": None}
         if found.verified and args.speed:
@@ -232,6 +233,8 @@ def markdown(found: dict[str, Any]) -> str:
             "|---|---|---|---|---:|---:|---:|---:|---|",
         ]
         for row in model["rows"]:
+            if _LEFT_OUT in row.get("why", ""):
+                continue
             told = f"{row['consumer']} {row.get('version') or ''}".strip()
             verdict = {True: "verified", False: "**differs**", None: "not verified"}
             state = verdict[row.get("verified")]
@@ -240,13 +243,16 @@ def markdown(found: dict[str, Any]) -> str:
             fast, size = row.get("tokens_per_s"), row.get("size_bytes")
             lines.append(
                 f"| {row['grid']} | {row['format']} | {told or '-'} "
-                f"| {'yes' if row['loads'] else 'no'} "
+                f"| {'' if row.get('verified') is None else 'yes' if row['loads'] else 'no'} "
                 f"| {'' if agreement is None else f'{agreement:.1%}'} "
                 f"| {'' if apart is None else f'{apart:.2g}'} "
                 f"| {'' if fast is None else f'{fast:.1f}'} "
                 f"| {'' if size is None else f'{size / 1e6:.1f} MB'} "
                 f"| {state}{': ' if why else ''}{why} |"
             )
+        left_out = {row["consumer"] for row in model["rows"] if _LEFT_OUT in row.get("why", "")}
+        if left_out:
+            lines += ["", f"Not tried here: {', '.join(sorted(left_out))}."]
         lines.append("")
     return "\n".join(lines)
 

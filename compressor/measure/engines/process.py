@@ -32,7 +32,7 @@ STOP_SECONDS = 10.0
 _HEALTH_SECONDS = 5.0
 _POLL_SECONDS = 0.2
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)
-_CAUSE = re.compile(r"\b\w*(Error|Exception): \S")
+_CAUSE = re.compile(r"\b\w*(?:Error|Exception): \S.*")
 
 # A proxy from the environment must not stand between us and our own child.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -188,17 +188,15 @@ class ServerProcess:
             return False
 
     def failed(self, what: str) -> RunError:
-        """An error that shows the end of the log, and the first error in it if that lies before."""
+        """An error that tells the first error in the log, and shows its end."""
         try:
             text = self.log.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             text = f"(the log cannot be read: {error})"
-        lines = text.splitlines()
-        tail = lines[-LOG_TAIL_LINES:]
-        # vLLM's parent process ends with "see root cause above": that of its worker.
-        cause = next((line for line in lines[:-LOG_TAIL_LINES] if _CAUSE.search(line)), None)
-        if cause is not None:
-            tail = [cause, "...", *tail]
+        # The last one may only say "see root cause above" (vLLM's parent process).
+        if cause := _CAUSE.search(text):
+            what = f"{what}: {cause[0].rstrip()[:300]}"
+        tail = text.splitlines()[-LOG_TAIL_LINES:]
         return RunError(
             what, where=str(self.model), fix="read the end of its log:\n    " + "\n    ".join(tail)
         )
