@@ -75,7 +75,8 @@ def execute(
         CompressorError: a stage that every variant needs failed, or the disk is too small.
     """
     plan.check_disk()
-    run_dir = _run_directory(plan)
+    with plan.store.lock(plan.key):  # the same recipe run twice at once has one directory
+        run_dir = _run_directory(plan)
     log = run_dir / LOG
     outcome = _Outcome({}, set(), {})
     if on is not None:
@@ -100,7 +101,8 @@ def execute(
             outcome.failed[str(stage.variant)] = outcome.broken[stage.key] = str(error)
             _withdraw(stage, outcome)
             _log(log, "failed", stage, error=str(error))
-    return _finish(plan, outcome, run_dir, search or {})
+    with plan.store.lock(plan.key):
+        return _finish(plan, outcome, run_dir, search or {})
 
 
 def run_stages(

@@ -91,25 +91,18 @@ def write_atomic(path: Path, text: str) -> None:
     """Write ``text`` so that ``path`` holds either the old or the new content, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    while True:
-        with open(temporary, "w", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until it is in place: see `remove_leftovers`
-            if not temporary.exists():  # removed before it was locked
-                continue
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-            return
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def remove_leftovers(directory: Path) -> None:
     """Remove what a `write_atomic` that was killed left anywhere below a directory, so that it is
-    not taken for one of its files. What another process is writing stays."""
+    not taken for one of its files. Nobody else may be writing there."""
     for path in directory.rglob(".*.tmp"):
-        with suppress(FileNotFoundError, BlockingIOError), open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+        path.unlink()
 
 
 @dataclass(frozen=True)

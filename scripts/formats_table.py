@@ -18,6 +18,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -150,6 +151,8 @@ def try_all(
         why = reasons[0] if reasons else f"{consumer} {_LEFT_OUT}"
         found = verify.verify_artifact(directory, fmt, reference, here, why, rounded=rounded)
         row = found.to_dict() | {"consumer": consumer, "size_bytes": size, "tokens_per_s": None}
+        if "why" in row:
+            row["why"] = row["why"].replace(f"{directory.parent}/", "")
         if found.verified and args.speed:
             row["tokens_per_s"] = speed(
                 consumer, fmt, directory, reference.sequences[0], args.speed
@@ -220,7 +223,8 @@ def markdown(found: dict[str, Any]) -> str:
         "round-to-nearest. Agreement: share of the greedy tokens of the dequantized model in "
         "float32 that the consumer chooses too, behind the same tokens. Difference: the largest of "
         "a logit, or (llama.cpp, vLLM) of a chosen token's log-probability. Tokens per second: one "
-        "sequence. Sizes are those of whole directories.",
+        "sequence (of tiny models they say nothing). Sizes are those of whole directories. "
+        "docs/formats.md says why some do not load.",
         "",
     ]
     for name, model in found["models"].items():
@@ -238,7 +242,9 @@ def markdown(found: dict[str, Any]) -> str:
             told = f"{row['consumer']} {row.get('version') or ''}".strip()
             verdict = {True: "verified", False: "**differs**", None: "not verified"}
             state = verdict[row.get("verified")]
-            why = row.get("why", "").replace("|", "\\|")
+            if row.get("verified") is False and not row["loads"]:
+                state = "**does not load**"
+            why = shorten(row.get("why", "").replace("|", "\\|"), 240, placeholder=" ...")
             agreement, apart = row.get("greedy_agreement"), row.get("max_logit_difference")
             fast, size = row.get("tokens_per_s"), row.get("size_bytes")
             lines.append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from compressor.errors import RunError
-from compressor.store import Store, canonical_json, content_key, remove_leftovers, write_atomic
+from compressor.store import Store, canonical_json, content_key, write_atomic
 
 
 def publish(store: Store, key: str, text: str = "data") -> Path:
@@ -63,15 +62,6 @@ def test_what_a_kill_left_behind_is_not_published(tmp_path: Path) -> None:
     found = store.get("k1")
     assert found is not None
     assert [f["path"] for f in found.manifest["files"]] == ["sub/file.txt"]
-
-
-def test_what_is_being_written_is_no_leftover(tmp_path: Path) -> None:
-    writing, left = tmp_path / ".a.1.tmp", tmp_path / ".b.2.tmp"
-    left.touch()
-    with open(writing, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        remove_leftovers(tmp_path)
-    assert writing.exists() and not left.exists()
 
 
 def test_partial_work_is_not_a_finished_stage_and_survives(tmp_path: Path) -> None:

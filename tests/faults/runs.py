@@ -36,7 +36,7 @@ class Zygote:
         """(exit code, what it printed) of ``compress ARGUMENTS`` in a directory; negative codes are
         signals. See `zygote` for what a job may hold."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        output = directory / "printed"
+        output = directory / f"printed-{self.process.pid}"
         request = {
             "directory": str(directory),
             "output": str(output),
@@ -85,8 +85,7 @@ def small_disk(place: Path, kilobytes: int) -> Iterator[bool]:
 
 
 def let_nobody_read(directory: Path) -> None:
-    """Let who owns nothing read a project; what a run prints goes to a file that is there."""
-    (directory / "printed").touch()
+    """Let who owns nothing read a project."""
     for path in (directory, *directory.parents):
         path.chmod(path.stat().st_mode | 0o005)
 
