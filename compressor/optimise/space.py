@@ -107,6 +107,7 @@ class CandidateSpace:
         assert recipe.optimise is not None
         self.options: Optimise = recipe.optimise
         self._type = recipe.variant_type()
+        self._given = {identity(variant): name for name, variant in recipe.variants.items()}
         space = self.options.space
         precisions = [*space.schemes, *(_plain(one) for one in space.precision)]
         self.lists: dict[str, dict[str, Any]] = {
@@ -141,7 +142,8 @@ class CandidateSpace:
         except ValidationError:
             return None
         shown = {key: label for key, label in labels.items() if len(self.lists[key]) > 1}
-        name = "c-" + self._digest(parsed)
+        # One that the recipe has too keeps its name, so that it is not judged twice.
+        name = self._given.get(identity(parsed)) or "c-" + self._digest(parsed)
         return Candidate(name, shown, value, parsed)
 
     @staticmethod

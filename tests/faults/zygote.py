@@ -79,6 +79,7 @@ def _child(job: dict[str, Any], names: int) -> None:
     before = set(sys.modules)
     code: Any = 1
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
         os.chdir(job["directory"])
         output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):

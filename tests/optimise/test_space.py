@@ -69,6 +69,19 @@ def test_names_and_order_are_those_of_the_recipe_each_time(tmp_path: Path) -> No
     assert [c.name for c in first.pool] == [c.name for c in again.pool]
 
 
+def test_a_candidate_that_the_recipe_has_too_keeps_its_name(tmp_path: Path) -> None:
+    mine = {"quantize": [{"rtn": {"scheme": "W4A16", "group_size": 64}}]}
+    made = recipe(
+        tmp_path,
+        variants={"mine": mine},
+        optimise__space={
+            "algorithms": [["rtn"]], "schemes": ["W4A16", "W8A16"], "group_sizes": [64]
+        },
+    )  # fmt: skip
+    names = {c.scheme: c.name for c in CandidateSpace(made).pool}
+    assert names["W4A16"] == "mine" and names["W8A16"].startswith("c-")
+
+
 def test_a_large_space_is_sampled_with_the_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
