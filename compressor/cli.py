@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -55,6 +57,7 @@ NoVerify = Annotated[
 
 def main() -> None:
     """Entry point: every expected failure is one message and an exit code."""
+    sys.unraisablehook = _interrupt_again
     try:
         app(standalone_mode=True)
     except CompressorError as error:
@@ -75,6 +78,17 @@ def main() -> None:
         if stop.code == INTERRUPTED:  # typer turns KeyboardInterrupt into this exit
             _complain("interrupted: run the same command again to go on from here", "yellow")
         raise
+
+
+def _interrupt_again(lost: sys.UnraisableHookArgs) -> None:
+    """Ctrl-C that came inside a finalizer or a callback, where Python drops exceptions, comes again
+    a moment later; what else is dropped there is printed as ever."""
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    timer.daemon = True
+    timer.start()
 
 
 def _complain(message: str, style: str = "red") -> None:

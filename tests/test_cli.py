@@ -231,3 +231,21 @@ def test_plan_and_run_say_beforehand_which_engines_have_no_kernel(project: Path)
     assert again.returncode == 0 and expected not in again.stderr
     quiet = compress("run", "two.yaml", "--quiet", "--store", "other", cwd=project)
     assert quiet.returncode == 0 and quiet.stderr == ""
+
+
+def test_an_interrupt_inside_a_finalizer_is_not_lost() -> None:
+    program = """
+import sys, time
+from compressor import cli
+sys.unraisablehook = cli._interrupt_again
+class Ended:
+    def __del__(self):
+        raise KeyboardInterrupt
+Ended()
+try:
+    time.sleep(20)
+except KeyboardInterrupt:
+    print("stopped")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("stopped\n", "")
