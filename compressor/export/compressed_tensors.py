@@ -99,7 +99,7 @@ def quantization_config(
         "format": "mixed-precision" if mixed else formats[order[0]],
         "quantization_status": "compressed",
         "config_groups": groups,
-        # transformers calls an output layer so that has another name on disk (GPT-NeoX).
+        # lm_head: transformers' name for output layers that have another on disk (GPT-NeoX).
         "ignore": sorted(set(ignore) | ({"lm_head"} if head is None else set())),
         "kv_cache_scheme": _activations(kv_cache) if kv_cache else None,
     }
