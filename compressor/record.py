@@ -57,6 +57,8 @@ RECORD = (LOCK, RUN, ENVIRONMENT, PLAN, STAGES, LEDGER, OPTIMISE)
 _IN_SHORT = ("name", "kind", "variant", "key", "seconds", "peak_rss_bytes", "cached")
 _LAYER_KEYS = ("name", "error", "rtn_error", "fallback", "tokens", "undersampled")
 _FIX = "name the directory of a run; `compress run` with the same recipe writes it again"
+# libyaml's where PyYAML was built with it: 10 times as fast.
+_YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def stage_record(
@@ -214,10 +216,6 @@ def read_json(run_dir: Path, name: str) -> Any:
         return json.loads((run_dir / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"cannot be read: {error}", where=str(run_dir / name), fix=_FIX) from error
-
-
-# libyaml's where PyYAML was built with it: 10 times as fast.
-_YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_lock(run_dir: Path) -> dict[str, Any]:

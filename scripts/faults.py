@@ -332,7 +332,7 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=100)
     parser.add_argument("--fuzz", type=int, default=100_000)
     parser.add_argument("--requests", type=int, default=10_000)
-    fuzz = [f"fuzz-{name}" for name in TARGETS]
+    fuzz = {f"fuzz-{name}": name for name in TARGETS}
     parts = [
         *("kills", "interrupts", "clock", "together", "disk", "bits", "tests"),
         *fuzz,
@@ -347,7 +347,7 @@ def main() -> None:
         faults = Faults(Path(scratch), arguments.random, arguments.fuzz, arguments.requests)
         for name in arguments.only:
             part: Callable[[], list[Row]]
-            part = partial(faults.fuzz, name[5:]) if name in fuzz else getattr(faults, name)
+            part = partial(faults.fuzz, fuzz[name]) if name in fuzz else getattr(faults, name)
             kept[name] = part()
             print(name, kept[name], flush=True)
             rows = [one for key in parts for one in kept.get(key, [])]

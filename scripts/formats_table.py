@@ -236,29 +236,33 @@ def markdown(found: dict[str, Any]) -> str:
             "| grid | format | consumer | loads | agreement | difference | tokens/s | size | |",
             "|---|---|---|---|---:|---:|---:|---:|---|",
         ]
+        left_out = [row for row in model["rows"] if _LEFT_OUT in row.get("why", "")]
         for row in model["rows"]:
-            if _LEFT_OUT in row.get("why", ""):
+            if row in left_out:
                 continue
             told = f"{row['consumer']} {row.get('version') or ''}".strip()
-            verdict = {True: "verified", False: "**differs**", None: "not verified"}
-            state = verdict[row.get("verified")]
-            if row.get("verified") is False and not row["loads"]:
-                state = "**does not load**"
+            match row.get("verified"), row["loads"]:
+                case None, _:
+                    loads, state = "", "not verified"
+                case False, False:
+                    loads, state = "no", "**does not load**"
+                case good, _:
+                    loads, state = "yes", "verified" if good else "**differs**"
             why = shorten(row.get("why", "").replace("|", "\\|"), 240, placeholder=" ...")
             agreement, apart = row.get("greedy_agreement"), row.get("max_logit_difference")
             fast, size = row.get("tokens_per_s"), row.get("size_bytes")
             lines.append(
                 f"| {row['grid']} | {row['format']} | {told or '-'} "
-                f"| {'' if row.get('verified') is None else 'yes' if row['loads'] else 'no'} "
+                f"| {loads} "
                 f"| {'' if agreement is None else f'{agreement:.1%}'} "
                 f"| {'' if apart is None else f'{apart:.2g}'} "
                 f"| {'' if fast is None else f'{fast:.1f}'} "
                 f"| {'' if size is None else f'{size / 1e6:.1f} MB'} "
                 f"| {state}{': ' if why else ''}{why} |"
             )
-        left_out = {row["consumer"] for row in model["rows"] if _LEFT_OUT in row.get("why", "")}
         if left_out:
-            lines += ["", f"Not tried here: {', '.join(sorted(left_out))}."]
+            consumers = sorted({row["consumer"] for row in left_out})
+            lines += ["", f"Not tried here: {', '.join(consumers)}."]
         lines.append("")
     return "\n".join(lines)
 
