@@ -25,6 +25,7 @@ from compressor.numerics.scheme import FP8_MAX, ActivationScheme, Scheme
 
 INT8_MAX = 127.0
 _INT8_STEPS = 255.0
+_LEAST_SCALE = torch.finfo(torch.float32).tiny  # of rows of zeros, which come out as zeros
 _FP8_LEAST_SCALE = 1.0 / (FP8_MAX * 512.0)
 _INT4_GROUPS = (32, 64, 128, 256)
 _INT8_COLUMNS = 16  # _weight_int8pack_mm reads 16 columns at a time and past the end of others
@@ -192,10 +193,9 @@ def quantize_rows(
     [1] where that is given."""
     values = x.float()
     if fixed is not None:
-        return torch.round(values / fixed).clamp_(-128, 127).to(torch.int8), fixed
-    scale = values.abs().amax(-1, keepdim=True).div_(INT8_MAX)
-    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return torch.round(values / safe).to(torch.int8), scale
+        return values.div(fixed).round_().clamp_(-128, 127).to(torch.int8), fixed
+    scale = values.abs().amax(-1, keepdim=True).div_(INT8_MAX).clamp_min_(_LEAST_SCALE)
+    return values.div(scale).round_().to(torch.int8), scale
 
 
 def quantize_rows_asymmetric(
@@ -206,10 +206,9 @@ def quantize_rows_asymmetric(
     values = x.float()
     low, high = torch.aminmax(values, dim=-1, keepdim=True)
     low, high = low.clamp_(max=0), high.clamp_(min=0)
-    scale = (high - low).div_(_INT8_STEPS)
-    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    zero = torch.round(-128 - low / safe)
-    codes = torch.round(values / safe).add_(zero).clamp_(-128, 127).to(torch.int8)
+    scale = (high - low).div_(_INT8_STEPS).clamp_min_(_LEAST_SCALE)
+    zero = torch.round(-128 - low / scale)
+    codes = values.div(scale).round_().add_(zero).clamp_(-128, 127).to(torch.int8)
     return codes, scale, zero.to(torch.int32)
 
 
