@@ -3,7 +3,7 @@
     python benchmarks/search.py recipes/optimise.yaml --output reports/optimise/exhaustive.json
         [--max-loss 2%] [--work DIR]
 
-The recipe's space is cut down to a dozen candidates. Each is evaluated on all tokens of the search
+The recipe's space is cut down to 24 candidates. Each is evaluated on all tokens of the search
 and, where it keeps the limits, exported and measured, in a store of its own that the search does
 not see. Times are what stages took when they ran, those that both need (model, texts, baseline)
 counted for both.
@@ -32,11 +32,12 @@ from compressor.recipe import Recipe, load_recipe
 from compressor.store import Store
 
 SPACE: dict[str, Any] = {
-    "algorithms": [["rtn"], ["gptq"], ["smoothquant", "gptq"]],
+    "algorithms": [["rtn"], [{"rtn": {"observer": "mse"}}], ["gptq"]],
     "schemes": ["W8A8", "W8A16", "W4A16"],
-    "group_sizes": [64],
-    "lm_head": [None, {"scheme": "W8A16"}],
+    "group_sizes": [32, 64],
+    "lm_head": [None, {"scheme": "W8A8"}],
 }
+SAMPLES, TOKENS, FEW_TOKENS = 16, 2048, 512  # fewer than the recipe's, for both
 
 
 def small(path: Path, max_loss: str, directory: Path) -> Recipe:
@@ -44,7 +45,15 @@ def small(path: Path, max_loss: str, directory: Path) -> Recipe:
     value = yaml.safe_load(path.read_text(encoding="utf-8"))
     value.pop("variants", None)
     limits = {**value["optimise"]["subject_to"], "max_loss": max_loss}
-    value["optimise"] |= {"space": SPACE, "subject_to": limits, "minutes": 1000, "trials": 64}
+    value["calibration"]["samples"] = SAMPLES
+    value["optimise"] |= {
+        "space": SPACE,
+        "subject_to": limits,
+        "minutes": 1000,
+        "trials": 64,
+        "tokens": TOKENS,
+        "few_tokens": FEW_TOKENS,
+    }
     made = directory / "small.yaml"
     made.write_text(yaml.safe_dump(value, sort_keys=False), encoding="utf-8")
     return load_recipe(made)

@@ -158,12 +158,14 @@ def leaves(value: Any) -> int:
     return 1
 
 
-def verify(run_dir: Path, expected_seal: str | None = None) -> Verification:
+def verify(run_dir: Path, expected_seal: str | None = None, *, drawn: bool = True) -> Verification:
     """Check everything in a run's directory.
 
     Args:
         run_dir: as a run laid it out, or a copy of it anywhere.
         expected_seal: SHA-256 that ``MANIFEST.sha256`` should have, noted down elsewhere.
+        drawn: whether the report is drawn again too, which takes nine tenths of the time; its
+            files' hashes and its content are checked without.
 
     Raises:
         RunError: there is no run, or one whose directory does not hold what checking needs.
@@ -179,6 +181,8 @@ def verify(run_dir: Path, expected_seal: str | None = None) -> Verification:
     run = _Run(run_dir)
     checks = []
     for check, function in _CHECKS:
+        if function is _check_rendered and not drawn:
+            continue
         made = Check(*check)
         try:
             function(run, made)

@@ -164,7 +164,13 @@ def _record(
     baseline = objectives.get(BASELINE)
     given = {name for name, variant in recipe.variants.items() if not variant.is_null}
     may = given | {one.name for one in judged}
-    names = [name for name in objectives if name in may and _passed(options, report, name)]
+    names = [
+        name
+        for name in objectives
+        if name in may
+        and _passed(options, report, name)
+        and _cheaper(options, runner.load.concurrency, report, name)
+    ]
     best = min(names, key=lambda name: (objectives[name], name), default=None)
     if best is not None and baseline is not None and objectives[best] >= baseline:
         best = None
@@ -226,11 +232,25 @@ def _passed(options: Optimise, report: dict[str, Any], name: str) -> bool:
     return limits.size_gb is None or (variant["size_bytes"] or 0) <= limits.size_gb * 1e9
 
 
+def _cheaper(options: Optimise, concurrency: int, report: dict[str, Any], name: str) -> bool:
+    """Whether a variant's tokens are shown to be cheaper: chance does not explain its gain over the
+    baseline. True for other objectives, of which no interval is known."""
+    if options.minimise != "cost":
+        return True
+    variant = next(one for one in report["variants"] if one["name"] == name)
+    row = next(row for row in variant["performance"] if row["concurrency"] == concurrency)
+    low = row["cost_ratio"]["low"]  # none where there was one round
+    return low is None or low > 1
+
+
 def _sentence(
     options: Optimise, best: str | None, objectives: dict[str, float], report: dict[str, Any]
 ) -> str:
     if best is None:
-        return "No candidate that keeps the limits is better than the baseline: deploy that."
+        return (
+            "No candidate that keeps the limits is shown to be better than the baseline: deploy "
+            "that."
+        )
     first = objectives[BASELINE]
     gain = f"{1 - objectives[best] / first:.0%}"
     variant = next(one for one in report["variants"] if one["name"] == best)

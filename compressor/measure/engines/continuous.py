@@ -42,6 +42,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from compressor.errors import RunError
 from compressor.measure.engines.inflight import InProcessClient, Ticket, message
+from compressor.measure.engines.threads import release_workers
 from compressor.measure.engines.transformers import (
     Loader,
     model_bytes,
@@ -113,6 +114,9 @@ class _Router(OutputRouter):
                     del self._tickets[output.request_id]
                     failed = output.status == RequestStatus.FAILED
                     ended.append((ticket, (output.error or "the request failed") * failed))
+            idle = not self._tickets
+        if idle:  # other engines may be served meanwhile
+            release_workers()
         for ticket, error in ended:
             ticket.end(error)
 
@@ -234,6 +238,7 @@ class ContinuousEngine:
         except BaseException:
             self.stop()
             raise
+        release_workers()
         manager.start()
         self._manager = manager
 

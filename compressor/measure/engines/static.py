@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from compressor.measure.engines.inflight import InProcessClient, Ticket, message
+from compressor.measure.engines.threads import release_workers
 from compressor.measure.engines.transformers import CacheKind, Loader, TransformersEngine
 from compressor.models.end_tokens import end_tokens
 
@@ -70,6 +71,7 @@ class StaticEngine:
             return
         self._engine.start()
         self._stopping, self._threads = False, torch.get_num_threads()
+        release_workers()
         self._thread = threading.Thread(target=self._run, name="static-batching", daemon=True)
         self._thread.start()
 
@@ -143,6 +145,8 @@ class StaticEngine:
     def _next_batch(self) -> list[Ticket]:
         """Wait for requests and take up to `max_batch`; empty when the engine stops."""
         with self._changed:
+            if not self._waiting:  # other engines may be served meanwhile
+                release_workers()
             while True:
                 while not self._waiting and not self._stopping:
                     self._changed.wait()
