@@ -32,7 +32,7 @@ from compressor.export.weights import Quantized, write_weights
 from compressor.models.architecture import CausalLM
 from compressor.models.checkpoint import Checkpoint, TensorWriter
 from compressor.models.kv_cache import KEY, VALUE, round_cache
-from compressor.numerics.linear import QuantizedLinear
+from compressor.numerics.linear import QuantizedLinear, SharedInputs
 from compressor.numerics.packing import pack_int32, unpack_int32
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import KV_CACHE, ActivationScheme, Scheme, WeightScheme
@@ -203,7 +203,7 @@ def load_model(
     )
     if found:
         scheme_of = read_schemes(found, directory)
-        source = Checkpoint(directory)
+        source, inputs = Checkpoint(directory), SharedInputs()
         refs = [ref for index in range(len(model.blocks)) for ref in model.linears(index)]
         if (head := model.head()) is not None and source.has(f"{head.name}.weight_scale"):
             refs.append(head)
@@ -213,10 +213,9 @@ def load_model(
             scheme = scheme_of(ref.name)
             tensor = read_tensor(source, ref.name, scheme)
             bias = source.tensor(f"{ref.name}.bias") if ref.module.bias is not None else None
-            model.replace_linear(
-                ref,
-                QuantizedLinear.from_tensor(tensor, scheme, bias, kernel=kernel, dtype=dtype),
-            )
+            linear = QuantizedLinear.from_tensor(tensor, scheme, bias, kernel=kernel, dtype=dtype)
+            linear.share(inputs, ref.input_group)
+            model.replace_linear(ref, linear)
         if found.get("kv_cache_scheme"):
             kv_cache = _read_kv_cache(found["kv_cache_scheme"], directory)
             scales = {n: source.tensor(n) for n in source.names if n.endswith((KEY, VALUE))}

@@ -28,6 +28,8 @@ _INT8_STEPS = 255.0
 _LEAST_SCALE = torch.finfo(torch.float32).tiny  # of rows of zeros, which come out as zeros
 _FP8_LEAST_SCALE = 1.0 / (FP8_MAX * 512.0)
 _INT4_GROUPS = (32, 64, 128, 256)
+# int8 codes [n, in], float32 scales [n, 1] or [1], int32 zero points [n, 1] or none
+Rounded = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 _INT8_COLUMNS = 16  # _weight_int8pack_mm reads 16 columns at a time and past the end of others
 # Rows from which a weight-only kernel loses to dequantizing into a dense bfloat16 product, measured
 # with AVX-512 and its bfloat16, one and two threads, 576 x 576 to 1536 x 576.
@@ -80,14 +82,22 @@ class Int8(Kernel):
         self.register_buffer("sums", sums)  # what a zero point adds to each output
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(self.rounded(x), x.dtype)
+
+    def rounded(self, x: torch.Tensor) -> Rounded:
+        """Activations [n, in] in int8, the same for every weight that reads them where their scales
+        are dynamic."""
         if self.sums is None:
-            codes, scale = quantize_rows(x, self.input_scale)
-            product = torch._int_mm(codes, self.codes)
-        else:
-            codes, scale, zero = quantize_rows_asymmetric(x)
-            product = torch._int_mm(codes, self.codes)
-            product.sub_(zero * self.sums)
-        return product.float().mul_(scale).mul_(self.scale).to(x.dtype)
+            return *quantize_rows(x, self.input_scale), None
+        return quantize_rows_asymmetric(x)
+
+    def product(self, rounded: Rounded, dtype: torch.dtype) -> torch.Tensor:
+        """The product [n, out] of what `rounded` made."""
+        codes, scale, zero = rounded
+        product = torch._int_mm(codes, self.codes)
+        if self.sums is not None and zero is not None:
+            product.addcmul_(zero, self.sums, value=-1)
+        return product.float().mul_(scale).mul_(self.scale).to(dtype)
 
 
 class Int4Packed(Kernel):
