@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ class _Last:
     version: int | None
     group: str
     readers: set[int]
-    rounded: Any
+    rounded: kernels.Rounded
 
 
 class SharedInputs:
