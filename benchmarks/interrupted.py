@@ -49,7 +49,7 @@ def start(recipe: Path, store: Path, output: Path) -> subprocess.Popen[bytes]:
 
 
 def kill_at_first(process: subprocess.Popen[bytes], studies: Path) -> Path:
-    """SIGKILL once the search knows the device; its record, copied beside."""
+    """SIGKILL once the search knows the device; the file of its record."""
     known = set(studies.glob("*.sqlite3"))
     while process.poll() is None:
         for path in set(studies.glob("*.sqlite3")) - known:
@@ -69,16 +69,13 @@ def _knows_device(path: Path) -> bool:
         return False
 
 
-def interrupt(process: subprocess.Popen[bytes], number: int, after: float) -> bool:
+def interrupt(process: subprocess.Popen[bytes], sent: signal.Signals, after: float) -> bool:
     """Whether the search still ran after so many seconds; it does not any more."""
     try:
         process.wait(after)
         return False
     except subprocess.TimeoutExpired:
-        if number % 2:
-            process.send_signal(signal.SIGINT)
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, sent)
         code = process.wait()
         if code not in (130, -signal.SIGKILL, *_ENDED):
             raise SystemExit(f"interrupted, it ended with exit code {code}") from None
@@ -112,10 +109,10 @@ def main() -> int:
         process = start(arguments.recipe, store, output)
         while len(moments) < arguments.interruptions:
             after = generator.uniform(*arguments.seconds)
-            if not interrupt(process, len(moments), after):
+            sent = signal.SIGINT if len(moments) % 2 else signal.SIGKILL
+            if not interrupt(process, sent, after):
                 break
-            sent = "SIGINT" if len(moments) % 2 else "SIGKILL"
-            moments.append({"signal": sent, "after_seconds": round(after, 1)})
+            moments.append({"signal": sent.name, "after_seconds": round(after, 1)})
             process = start(arguments.recipe, store, output)
         interrupted = answer(process, output)
         shutil.copyfile(begun, study)

@@ -21,7 +21,7 @@ from typing import Any
 from records import write_record
 
 from compressor.doctor import cpu_name
-from compressor.store import Store, file_sha256
+from compressor.store import file_sha256
 
 
 def timed(recipe: Path, scratch: Path, threads: int, *further: str) -> tuple[float, dict[str, str]]:
@@ -35,7 +35,7 @@ def timed(recipe: Path, scratch: Path, threads: int, *further: str) -> tuple[flo
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )  # fmt: skip
     seconds = time.monotonic() - started
-    objects = Store(store).root / "objects"
+    objects = store / "objects"
     files = [path for path in objects.rglob("*") if path.is_file() and path.name != "stage.json"]
     return seconds, {str(path.relative_to(objects)): file_sha256(path) for path in files}
 

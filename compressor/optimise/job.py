@@ -32,6 +32,7 @@ from compressor.plan import BASELINE, Plan, make_plan
 from compressor.progress import Progress
 from compressor.recipe import Recipe, derive, derived_value, variant_values
 from compressor.record import OPTIMISE, OPTIMISED
+from compressor.report.verdict import certainly_cheaper, row_at
 from compressor.run import RunResult, execute
 from compressor.store import Store
 
@@ -238,9 +239,9 @@ def _cheaper(options: Optimise, concurrency: int, report: dict[str, Any], name: 
     if options.minimise != "cost":
         return True
     variant = next(one for one in report["variants"] if one["name"] == name)
-    row = next(row for row in variant["performance"] if row["concurrency"] == concurrency)
-    low = row["cost_ratio"]["low"]  # none where there was one round
-    return low is None or low > 1
+    row = row_at(variant, concurrency)
+    one_round = row is not None and row["cost_ratio"]["low"] is None
+    return one_round or certainly_cheaper(row)
 
 
 def _sentence(
