@@ -27,8 +27,10 @@ class TrialRecord(_Strict):
     Losses are the growth of the perplexity on the worst text: `predicted_loss` from the layers'
     sensitivities alone, `few_loss` and `loss` from the evaluations. `violation`: how far the limits
     are missed, the worst one, relative; 0 or less keeps them all. `objective` is `estimated` before
-    it is measured, in the objective's unit. `shared`: it was measured with another candidate that
-    computes the same in serving. `seconds`: of its stages, by key.
+    it is measured, in the objective's unit. `baseline_objective` is the baseline's, measured beside
+    it; a measured `objective` is given as if the baseline's had been that of the search's first
+    measurement, since a machine's speed drifts. `shared`: it was measured with another candidate
+    that computes the same in serving. `seconds`: of its stages, by key.
     """
 
     name: str

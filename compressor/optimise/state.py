@@ -58,14 +58,15 @@ class State:
         return min(found, key=lambda r: (r.objective, r.violation), default=None)
 
     @property
+    def unit(self) -> float | None:
+        """The baseline's objective as it was first measured: what measured objectives are in."""
+        found = (record.baseline_objective for record in self.measured.values())
+        return next((value for value in found if value), None)
+
+    @property
     def scale(self) -> float:
         """Measured / estimated objective of the baseline; 1 before anything was measured."""
-        ratios = [
-            record.baseline_objective / self.baseline
-            for record in self.measured.values()
-            if record.baseline_objective and self.baseline
-        ]
-        return statistics.median(ratios) if ratios else 1.0
+        return self.unit / self.baseline if self.unit and self.baseline else 1.0
 
     def objective(self, pooled: Pooled) -> tuple[float, float]:
         """(objective as expected, the least that it may turn out to be)."""
