@@ -14,6 +14,7 @@ from compressor.optimise import search as module
 from compressor.optimise import trials
 from compressor.optimise.job import Optimised, optimise
 from compressor.optimise.search import _Search, search
+from compressor.optimise.space import Candidate
 from compressor.plan import make_plan
 from compressor.progress import SilentProgress
 from compressor.recipe import load_recipe
@@ -186,6 +187,43 @@ def test_a_variant_of_the_recipe_is_a_candidate_under_its_name(
     assert [trial.name for trial in done.record.trials] == ["mine"]
     assert done.record.stopped == "1 trials"
     assert any(v["name"] == "mine" for v in done.result.report["variants"])
+
+
+def test_a_machine_that_gets_slower_does_not_decide(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = json.loads(json.dumps(RECIPE))
+    value["model"]["source"] = str(place / "model")
+    value["optimise"] |= {
+        "minimise": "cost",
+        "subject_to": {"max_loss": 1, "decide_on": "point"},
+        "space": {"algorithms": [["rtn"]], "schemes": ["W8A16", "W4A16"], "group_sizes": [32]},
+    }
+    value["measure"] = {"engine": "transformers"}
+    slower = iter([1.0, 2.0])  # the whole machine, between the two measurements
+
+    def measured(self: trials.Trials, candidate: Candidate) -> dict[str, Any]:
+        pace = next(slower)
+        costs = {"own": {"W8A16": 9.0, "W4A16": 7.0}[candidate.scheme], "baseline": 10.0}
+        return {
+            name: {"goal_met_share": 1.0, "cost_usd_per_mtok_output": {"value": cost * pace}}
+            for name, cost in costs.items()
+        }
+
+    monkeypatch.setattr(trials.Trials, "measured", measured)
+    monkeypatch.setattr(module.State, "hopeless", lambda *_: "")
+    monkeypatch.setattr(module.State, "promising", lambda _, pool: pool[0])
+    found = search(
+        load_recipe(write(tmp_path, value)),
+        Store(place / "store"),
+        SilentProgress(),
+        tmp_path / "log",
+    )
+    objectives = {candidate.scheme: trial.objective for candidate, trial in found.trials}
+    assert [trial.why for _, trial in found.trials] == ["", ""]
+    assert objectives == {"W8A16": pytest.approx(9.0), "W4A16": pytest.approx(7.0)}
+    assert [trial.baseline_objective for _, trial in found.trials] == [10.0, 20.0]
+    assert found.ranked[0][0].scheme == "W4A16"
 
 
 def test_nothing_that_keeps_the_limits_means_the_baseline(place: Path, tmp_path: Path) -> None:
