@@ -58,12 +58,12 @@ class Candidate:
             return "/".join(self.parsed.precision.schemes)
         return scheme_of(self.parsed)
 
-    @property
-    def form(self) -> str:
-        """Equal for variants whose weights have one form: what the engine multiplies with."""
-        v = self.parsed
+    @cached_property
+    def arithmetic(self) -> str:
+        """Equal for variants whose linears are computed by the same kernels, if not as many of
+        them."""
         steps: list[Any] = []
-        for step in v.quantize:
+        for step in self.parsed.quantize:
             kind = registry.get(step.algorithm).kind
             options = step.options.model_dump(mode="json")
             if kind == "weights" and isinstance(step.options, registry.SchemeOptions):
@@ -71,9 +71,16 @@ class Candidate:
                 steps = [{key: options[key] for key in _FORM} | {"g_idx": bool(ordered)}]
             elif kind in ("weights", "library"):
                 steps = [step.algorithm, options]
+        budget = self.parsed.precision
+        return json.dumps([steps, budget.schemes if budget is not None else []], sort_keys=True)
+
+    @cached_property
+    def form(self) -> str:
+        """Equal for variants whose weights have one form: what the engine multiplies with."""
+        v = self.parsed
         rest = v.model_dump(mode="json", include={"precision", "ignore", "lm_head"})
         imported = v.imported.model_dump(mode="json") if v.imported else None
-        return json.dumps([steps, rest, imported], sort_keys=True)
+        return json.dumps([self.arithmetic, rest, imported], sort_keys=True)
 
     @property
     def speed_class(self) -> str:

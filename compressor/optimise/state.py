@@ -73,18 +73,24 @@ class State:
         known = self.measured.get(pooled.candidate.speed_class)
         if known is not None and known.objective is not None:
             return known.objective, known.objective
-        form = pooled.candidate.form
-        same = [
-            record.objective / other.estimate.objective
+        own = pooled.candidate
+        seen = [
+            (other.candidate, record.objective / other.estimate.objective)
             for other, record in self.trials
             if record.reached == "measured"
-            and other.candidate.form == form
             and record.objective is not None
             and other.estimate.objective
         ]
-        scale = statistics.median(same) if same else self.scale
+        alike = [(other, ratio) for other, ratio in seen if other.arithmetic == own.arithmetic]
+        same = [ratio for other, ratio in alike if other.form == own.form]
+        scale, slack = self.scale, self._slack
+        if same:
+            scale, slack = statistics.median(same), SAME_FORM_SLACK
+        elif alike:
+            scale = statistics.median(ratio for _, ratio in alike)
+            slack = min(OBJECTIVE_SLACK, slack)
         expected = pooled.estimate.objective * scale
-        return expected, expected / (SAME_FORM_SLACK if same else self._slack)
+        return expected, expected / slack
 
     @property
     def _slack(self) -> float:

@@ -12,7 +12,7 @@ from compressor.optimise.job import frontier
 from compressor.optimise.proxies import Estimate
 from compressor.optimise.record import TrialRecord
 from compressor.optimise.space import Candidate
-from compressor.optimise.state import LOSS_SLACK, OBJECTIVE_SLACK, Pooled, State
+from compressor.optimise.state import LOSS_SLACK, SIZE_SLACK, Pooled, State
 from tests.optimise.test_space import recipe, space
 
 LISTS: dict[str, Any] = {
@@ -72,6 +72,22 @@ def test_estimates_are_corrected_by_the_baseline_then_by_the_form(
     assert state.objective(pool["W4A16", False])[0] == pytest.approx(100 * 300 / 250)
     # The same codes' form: the measurement itself.
     assert state.objective(pool["W8A16", True]) == (270.0, 270.0)
+
+
+def test_one_kernel_corrects_estimates_of_other_forms_too(tmp_path: Path) -> None:
+    lists = {
+        "algorithms": [["rtn"]],
+        "schemes": ["W8A16", "W4A16"],
+        "ignore": [[], [".*down_proj"]],
+    }
+    found = space(tmp_path, **lists).pool
+    state = State(recipe(tmp_path, optimise__space=lists).optimise, 250.0)
+    by = {(c.scheme, bool(c.parsed.ignore)): pooled(c) for c in found}
+    first = by["W8A16", False]
+    state.add(first, trial(first, 0.001, 480.0))  # twice what the baseline makes one expect
+    expected, least = state.objective(by["W8A16", True])
+    assert (expected, least) == (pytest.approx(480.0), pytest.approx(480.0 / SIZE_SLACK))
+    assert state.objective(by["W4A16", True])[0] == pytest.approx(100 * 300 / 250)
 
 
 def test_what_cannot_come_below_the_best_is_left_out(
