@@ -12,7 +12,7 @@ from compressor.optimise.job import frontier
 from compressor.optimise.proxies import Estimate
 from compressor.optimise.record import TrialRecord
 from compressor.optimise.space import Candidate
-from compressor.optimise.state import LOSS_SLACK, SIZE_SLACK, Pooled, State
+from compressor.optimise.state import LOSS_SLACK, OBJECTIVE_SLACK, SIZE_SLACK, Pooled, State
 from tests.optimise.test_space import recipe, space
 
 LISTS: dict[str, Any] = {
