@@ -2,10 +2,12 @@
 
 A candidate is scored on few tokens, then on all tokens of the search, then exported and measured
 under the load. It is dropped as soon as it cannot win: limits missed by more than chance allows, or
-an objective that cannot come below the best so far. Proxies order the candidates, and leave out
-untried those that cannot win. From the `_STARTUP`-th trial on every second one is proposed by
-Optuna's multi-objective TPE (Ozaki et al., GECCO 2020; constrained as in arXiv:2211.14411) from
-what the trials showed; the others are the most promising by the proxies, corrected by the trials.
+an objective that cannot come below the best so far. (The first that a kernel computes is measured
+even where it misses a limit, for what that says of the others.) Proxies order the candidates, and
+leave out untried those that cannot win. From the `_STARTUP`-th trial on every second one is
+proposed by Optuna's multi-objective TPE (Ozaki et al., GECCO 2020; constrained as in
+arXiv:2211.14411) from what the trials showed; the others are the most promising by the proxies,
+corrected by the trials.
 
 Trials are kept in SQLite. What is decided follows from the finished trials and from the seed alone,
 and time is what stages took when they ran: a search that was interrupted ends with the same answer.
@@ -300,10 +302,11 @@ class _Search:
         facts["violation"] = run.violation(limits, full)
         if facts["violation"] > 0:
             facts["why"] = "limits missed"
-            return
+            if self.options.minimise not in MEASURED or self.state.knows(candidate):
+                return  # else it is measured for what that says of others
         facts["size_bytes"], first = self.runner.artifact(candidate)
         if limits.size_gb is not None and facts["size_bytes"] > limits.size_gb * 1e9:
-            facts["why"] = "size"
+            facts["why"] = facts["why"] or "size"
             return
         self._weigh(pooled, facts, first)
 
@@ -331,7 +334,7 @@ class _Search:
             facts["objective"] = own * (self.state.unit or beside) / beside
         facts["reached"] = "measured"
         if limits.goal_met is not None and (facts["goal_met"] or 0) < limits.goal_met:
-            facts["why"] = "the SLO is not met often enough"
+            facts["why"] = facts["why"] or "the SLO is not met often enough"
 
     def _found(self) -> Found:
         left = [one for one in self.pool if one.candidate.identity not in self.state.tried]

@@ -51,6 +51,14 @@ class State:
         if record.reached == "measured":
             self.measured.setdefault(pooled.candidate.speed_class, record)
 
+    def knows(self, candidate: Candidate) -> bool:
+        """Whether one that the same kernels compute was measured."""
+        return any(
+            other.candidate.arithmetic == candidate.arithmetic
+            for other, record in self.trials
+            if record.reached == "measured"
+        )
+
     @property
     def best(self) -> TrialRecord | None:
         """The trial with the least objective of those that keep the limits."""
