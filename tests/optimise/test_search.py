@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -189,41 +191,67 @@ def test_a_variant_of_the_recipe_is_a_candidate_under_its_name(
     assert any(v["name"] == "mine" for v in done.result.report["variants"])
 
 
-def test_a_machine_that_gets_slower_does_not_decide(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def priced(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A recipe that minimises cost, on a machine that is half as fast at each further measurement:
+    W8A16 costs 9 where the baseline costs 10, W4A16 7. All candidates are tried, in their order."""
     value = json.loads(json.dumps(RECIPE))
     value["model"]["source"] = str(place / "model")
     value["optimise"] |= {
         "minimise": "cost",
         "subject_to": {"max_loss": 1, "decide_on": "point"},
-        "space": {"algorithms": [["rtn"]], "schemes": ["W8A16", "W4A16"], "group_sizes": [32]},
+        "space": {
+            "algorithms": [["rtn"], [{"rtn": {"observer": "mse"}}]],
+            "schemes": ["W8A16", "W4A16"],
+            "group_sizes": [32],
+            "ignore": [[], [".*down_proj"]],
+        },
     }
     value["measure"] = {"engine": "transformers"}
-    slower = iter([1.0, 2.0])  # the whole machine, between the two measurements
+    pace = itertools.count()
 
     def measured(self: trials.Trials, candidate: Candidate) -> dict[str, Any]:
-        pace = next(slower)
+        times = 2.0 ** next(pace)
         costs = {"own": {"W8A16": 9.0, "W4A16": 7.0}[candidate.scheme], "baseline": 10.0}
         return {
-            name: {"goal_met_share": 1.0, "cost_usd_per_mtok_output": {"value": cost * pace}}
+            name: {"goal_met_share": 1.0, "cost_usd_per_mtok_output": {"value": cost * times}}
             for name, cost in costs.items()
         }
 
     monkeypatch.setattr(trials.Trials, "measured", measured)
     monkeypatch.setattr(module.State, "hopeless", lambda *_: "")
     monkeypatch.setattr(module.State, "promising", lambda _, pool: pool[0])
-    found = search(
-        load_recipe(write(tmp_path, value)),
-        Store(place / "store"),
-        SilentProgress(),
-        tmp_path / "log",
-    )
-    objectives = {candidate.scheme: trial.objective for candidate, trial in found.trials}
-    assert [trial.why for _, trial in found.trials] == ["", ""]
-    assert objectives == {"W8A16": pytest.approx(9.0), "W4A16": pytest.approx(7.0)}
-    assert [trial.baseline_objective for _, trial in found.trials] == [10.0, 20.0]
+    monkeypatch.setattr(module, "_STARTUP", 100)
+    return value
+
+
+def searched(value: dict[str, Any], place: Path, directory: Path) -> module.Found:
+    recipe = load_recipe(write(directory, value))
+    return search(recipe, Store(place / "store"), SilentProgress(), directory / "log")
+
+
+def test_a_machine_that_gets_slower_does_not_decide(
+    priced: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    found = searched(priced, place, tmp_path)
+    own = [(candidate, trial) for candidate, trial in found.trials if trial.shared is None]
+    assert [trial.baseline_objective for _, trial in own] == [10.0, 20.0, 40.0, 80.0]
+    for candidate, trial in found.trials:
+        assert trial.objective == pytest.approx({"W8A16": 9.0, "W4A16": 7.0}[candidate.scheme])
     assert found.ranked[0][0].scheme == "W4A16"
+
+
+def test_one_that_misses_a_limit_is_measured_for_the_others_that_its_kernel_computes(
+    priced: dict[str, Any], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    priced["optimise"]["subject_to"] = {"metrics": {"kl_mean": 0.0}}
+    monkeypatch.setattr(module, "_FEW_SLACK", math.inf)  # all tokens decide
+    found = searched(priced, place, tmp_path)
+    measured = [candidate for candidate, trial in found.trials if trial.reached == "measured"]
+    assert len(found.trials) == 8
+    assert sorted(candidate.scheme for candidate in measured) == ["W4A16", "W8A16"]
+    assert all(trial.why == "limits missed" for _, trial in found.trials)
+    assert not found.ranked
 
 
 def test_nothing_that_keeps_the_limits_means_the_baseline(place: Path, tmp_path: Path) -> None:
