@@ -138,6 +138,7 @@ def main() -> int:
         "exhaustive": every,
         "same_winner": bool(ranked) and ranked[0] == every["winner"],
         "same_cost": bool(ranked)
+        and every["winner"] is not None
         and by_name[ranked[0]]["computes"] == by_name[every["winner"]]["computes"],
         "winner_in_exhaustive": by_name.get(ranked[0]) if ranked else None,
         "time_share": seconds / every["seconds"],

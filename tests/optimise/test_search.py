@@ -48,6 +48,8 @@ RECIPE: dict[str, Any] = {
     },
 }
 
+COSTS = {"W8A16": 9.0, "W4A16": 7.0}  # where the baseline costs 10
+
 
 def write(directory: Path, recipe: dict[str, Any]) -> Path:
     path = directory / "recipe.yaml"
@@ -192,9 +194,9 @@ def test_a_variant_of_the_recipe_is_a_candidate_under_its_name(
 
 
 @pytest.fixture
-def priced(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A recipe that minimises cost, on a machine that is half as fast at each further measurement:
-    W8A16 costs 9 where the baseline costs 10, W4A16 7. All candidates are tried, in their order."""
+def priced(place: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A recipe that minimises cost, on a machine that is half as fast at each further measurement
+    (`COSTS` on the first). All candidates are tried, in their order."""
     value = json.loads(json.dumps(RECIPE))
     value["model"]["source"] = str(place / "model")
     value["optimise"] |= {
@@ -212,7 +214,7 @@ def priced(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict
 
     def measured(self: trials.Trials, candidate: Candidate) -> dict[str, Any]:
         times = 2.0 ** next(pace)
-        costs = {"own": {"W8A16": 9.0, "W4A16": 7.0}[candidate.scheme], "baseline": 10.0}
+        costs = {"own": COSTS[candidate.scheme], "baseline": 10.0}
         return {
             name: {"goal_met_share": 1.0, "cost_usd_per_mtok_output": {"value": cost * times}}
             for name, cost in costs.items()
@@ -237,7 +239,7 @@ def test_a_machine_that_gets_slower_does_not_decide(
     own = [(candidate, trial) for candidate, trial in found.trials if trial.shared is None]
     assert [trial.baseline_objective for _, trial in own] == [10.0, 20.0, 40.0, 80.0]
     for candidate, trial in found.trials:
-        assert trial.objective == pytest.approx({"W8A16": 9.0, "W4A16": 7.0}[candidate.scheme])
+        assert trial.objective == pytest.approx(COSTS[candidate.scheme])
     assert found.ranked[0][0].scheme == "W4A16"
 
 
