@@ -59,6 +59,14 @@ class Candidate:
         return scheme_of(self.parsed)
 
     @cached_property
+    def method(self) -> str:
+        """Equal for variants whose codes are found in one way, of whichever layers and groups."""
+        steps = [step.dump() for step in self.parsed.quantize]
+        for options in (options for step in steps for options in step.values() if options):
+            options.pop("group_size", None)
+        return json.dumps([steps, self.scheme], sort_keys=True)
+
+    @cached_property
     def arithmetic(self) -> str:
         """Equal for variants whose linears are computed by the same kernels, if not as many of
         them."""

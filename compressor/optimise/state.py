@@ -123,7 +123,7 @@ class State:
 
     def loss(self, pooled: Pooled) -> float:
         """Growth of the perplexity as expected from the prediction, and from what candidates like
-        it showed: with its algorithms and scheme, else its scheme, else any."""
+        it showed: with its method, else its algorithms and scheme, else its scheme, else any."""
         own = pooled.candidate
         same = [
             (other, record) for other, record in self.trials if other.candidate.scheme == own.scheme
@@ -131,10 +131,19 @@ class State:
         alike = [
             (other, record) for other, record in same if other.candidate.algorithm == own.algorithm
         ]
-        for group in (alike, same, self.trials):
+        for group in (self._by_method(own), alike, same, self.trials):
             if ratios := self._ratios(group):
                 return math.expm1(min(pooled.loss * statistics.median(ratios), 50.0))
         return math.expm1(min(pooled.loss, 50.0))
+
+    def _by_method(self, own: Candidate) -> list[tuple[Pooled, TrialRecord]]:
+        return [one for one in self.trials if one[0].candidate.method == own.method]
+
+    def _may_lose_less(self, pooled: Pooled, best: TrialRecord) -> bool:
+        """Whether a candidate of equal cost may lose less than the best: its method was not tried
+        yet, or showed elsewhere that it does."""
+        seen = self._ratios(self._by_method(pooled.candidate))
+        return not seen or best.loss is None or self.loss(pooled) < best.loss
 
     def hopeless(self, pooled: Pooled) -> str:
         """Why a candidate cannot win, by the proxies; empty where it may."""
@@ -151,9 +160,15 @@ class State:
         best = self.best
         if best is not None and best.objective is not None:
             least = self.objective(pooled)[1]
-            same = self.measured.get(pooled.candidate.speed_class)
-            if least > best.objective or (same is not None and least >= best.objective):
+            if least > best.objective:
                 return f"{self.options.minimise} above that of {best.name}"
+            same = self.measured.get(pooled.candidate.speed_class)
+            if (
+                same is not None
+                and least >= best.objective
+                and not self._may_lose_less(pooled, best)
+            ):
+                return f"{self.options.minimise} of {best.name}, and a greater loss"
         limit = limits.limits.get("perplexity")
         ratios = self._ratios(self.trials)
         if limit is not None and len(ratios) >= _ENOUGH:

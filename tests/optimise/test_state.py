@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def trial(one: Pooled, loss: float, objective: float | None = None, why: str = "
         objective=objective,
         baseline_objective=None if objective is None else 300.0,
     )
+
+
+def partial(one: Pooled) -> Candidate:
+    """The candidate with some layers left alone."""
+    parsed = one.candidate.parsed.model_copy(update={"ignore": [".*down_proj"]})
+    return replace(one.candidate, parsed=parsed)
 
 
 @pytest.fixture
@@ -97,8 +104,21 @@ def test_what_cannot_come_below_the_best_is_left_out(
     first = pool["W4A16", False]
     state.add(first, trial(first, 0.001, 110.0))
     assert "above" in state.hopeless(pool["W8A16", False])
-    assert "above" in state.hopeless(pool["W4A16", True])  # it computes the same
     assert state.hopeless(pool["W3A16", False]) == ""
+
+
+def test_one_of_equal_cost_is_tried_where_it_may_lose_less(
+    state: State, pool: dict[tuple[str, bool], Pooled]
+) -> None:
+    best, other = pool["W4A16", False], pool["W4A16", True]  # it computes the same
+    state.add(best, trial(best, 0.005, 110.0))
+    assert state.hopeless(other) == ""  # nothing is known of its method
+    # Its method is tried elsewhere.
+    for loss, hopeless in ((0.004, False), (0.1, True)):
+        made = State(state.options, state.baseline)
+        for one, seen in ((best, 0.005), (replace(other, candidate=partial(other)), loss)):
+            made.add(one, trial(one, seen, 110.0 if one is best else 200.0))
+        assert ("greater loss" in made.hopeless(other)) is hopeless
 
 
 def test_a_candidate_that_missed_a_limit_excludes_nothing_by_its_objective(
