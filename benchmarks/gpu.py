@@ -1,16 +1,19 @@
-"""Quantizing on a GPU: its ceilings, the GPTQ kernel against its loop, and an 8B model in full.
+"""A GPU's ceilings, our kernels against them, and a model with the shapes of an 8B one.
 
-    python benchmarks/gpu.py --output reports/gpu [--only device kernels quantize]
-        [--layers 32] [--model DIRECTORY]
+    python benchmarks/gpu.py --output reports/gpu
+        [--only device kernels quantize products decode] [--layers 32] [--model DIRECTORY]
 
-``quantize`` writes a model with the shapes of Llama-3.1-8B and random weights (what it takes does
-not depend on their values) and quantizes it to W4A16 by GPTQ on 128 x 2048 tokens, within
-``--gigabytes`` of the device's memory.
+``kernels`` is GPTQ's column loop as a kernel and as tensor operations. ``products`` are the low-bit
+products of few rows, on weights that no cache holds. ``decode`` is the embedded engine on a model
+with random weights rounded to nearest, by scheme and batch. ``quantize`` writes such a model and
+quantizes it to W4A16 by GPTQ on 128 x 2048 tokens, within ``--gigabytes`` of the device's memory.
+What these take does not depend on the weights' values.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import os
@@ -26,16 +29,28 @@ from typing import Any
 import numpy as np
 import random_llama
 import torch
-from transformers import LlamaConfig
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from compressor.measure.engines.transformers import TransformersEngine, model_bytes
 from compressor.models.architecture import CausalLM
+from compressor.numerics import grid
+from compressor.numerics.linear import QuantizedLinear, SharedInputs
+from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import Scheme
 from compressor.quantize.columns import round_columns_loop
 from compressor.quantize.columns_triton import round_columns_triton
 from compressor.quantize.driver import quantize_model
 from compressor.quantize.gptq import GPTQ, GPTQOptions, inverse_factor
 
+PARTS = ("device", "kernels", "products", "decode", "quantize")
 SAMPLES, LENGTH, TOKENS = 128, 2048, 49152
+SCHEMES = (("bfloat16", None), ("W8A8", -1), ("W8A16", -1), ("W4A16", 128))
+SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096))
+ROWS = (1, 4, 16, 64, 128)
+BATCHES = (1, 4, 16, 64, 128)
+PROMPT, OUTPUT = 128, 64  # tokens
+BEYOND_CACHES = 256 << 20  # bytes of weights that a product goes through
 
 
 def seconds(work: Callable[[], Any], repeats: int = 10) -> float:
@@ -121,15 +136,158 @@ def _round(function: Any, inputs: Any, scheme: Any, codes: Any, errors: Any) -> 
     function(block.clone(), factor, scale, zero, scheme, columns, codes, errors)
 
 
-def build(directory: Path, layers: int) -> int:
-    """A model with the shapes of Llama-3.1-8B; returns its bytes."""
-    config = LlamaConfig(
+def products() -> list[dict[str, Any]]:
+    """Low-bit products against float64 and against reading their weights: every one goes through
+    copies of its weight that no cache holds, launched as one graph."""
+    rows = []
+    for out, columns in SHAPES:
+        weight = torch.randn(out, columns, device="cuda") * 0.02
+        for name, group in SCHEMES:
+            linear, exact = _linear(weight, name, group)
+            size = model_bytes(linear)
+            copies = [linear, *(copy.deepcopy(linear) for _ in range(BEYOND_CACHES // size))]
+            for count in ROWS:
+                x = torch.randn(count, columns, device="cuda").to(torch.bfloat16)
+                expected = x.double() @ exact.double().T
+                got = linear(x).double()
+                taken = _in_a_graph(functools.partial(_all, copies, x)) / len(copies)
+                rows.append(
+                    {
+                        "scheme": name,
+                        "out": out,
+                        "columns": columns,
+                        "rows": count,
+                        "kernel": getattr(linear, "kernel_name", "dense"),
+                        "error": float((got - expected).norm() / expected.norm()),
+                        "seconds": taken,
+                        "bytes_per_s": size / taken,
+                    }
+                )
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _all(linears: list[nn.Module], x: torch.Tensor) -> None:
+    for one in linears:
+        one(x)
+
+
+def _linear(weight: torch.Tensor, name: str, group: int | None) -> tuple[nn.Module, torch.Tensor]:
+    """A linear with the weight in a scheme, rounded to nearest, and the weight it stands for."""
+    if group is None:
+        dense = nn.Linear(weight.shape[1], len(weight), bias=False, device=weight.device)
+        dense.weight.data = weight.to(torch.bfloat16)
+        return dense, dense.weight.data
+    scheme = Scheme.parse(name, group)
+    tensor = _rounded(weight, scheme)
+    linear = QuantizedLinear.from_tensor(tensor, scheme, None, kernel="auto", dtype=torch.bfloat16)
+    return linear, tensor.dequantize()
+
+
+def _rounded(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
+    scale, zero = grid.fit_grid(weight.float(), scheme.weights, scale_dtype=torch.bfloat16)
+    return grid.quantize(weight.float(), scale, zero, scheme.weights, None)
+
+
+def _in_a_graph(work: Callable[[], Any], repeats: int = 20) -> float:
+    """Median time [s] of some work that is launched as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), torch.inference_mode():
+        work()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            work()
+    return seconds(graph.replay, repeats)
+
+
+def decode(layers: int, bandwidth: float, device: str = "cuda") -> list[dict[str, Any]]:
+    """Steps of the embedded engine by scheme, cache and batch.
+
+    Args:
+        layers: of the model.
+        bandwidth: of the device's memory [bytes/s].
+        device: of the model.
+    """
+    rows = []
+    for name, group in SCHEMES:
+        model = _random_model(layers, name, group, device)
+        read = model_bytes(model) - model_bytes(model.get_input_embeddings())
+        for cache in ("dynamic", "static"):
+            engine = TransformersEngine(
+                lambda _, model=model: model,
+                dtype=torch.bfloat16,
+                cache=cache,  # type: ignore[arg-type]
+                longest=PROMPT + OUTPUT,
+            )
+            engine.start()
+            for batch in BATCHES:
+                prompts = np.random.default_rng(0).integers(3, TOKENS, (batch, PROMPT)).tolist()
+                engine.generate_tokens(prompts, 4)  # graphs, and what libraries choose
+                started = time.perf_counter()
+                _, _, times = engine.generate_tokens(prompts, OUTPUT)
+                step = float(np.median(np.diff(times)))
+                keys = 2 * layers * model.config.num_key_value_heads * model.config.head_dim * 2
+                moved = read + batch * (PROMPT + OUTPUT / 2) * keys
+                rows.append(
+                    {
+                        "scheme": name,
+                        "cache": cache,
+                        "batch": batch,
+                        "launch": engine.metadata()["launch"],
+                        "kernel": engine.metadata()["kernel"],
+                        "first_token_s": times[0] - started,
+                        "step_s": step,
+                        "tokens_per_s": batch / step,
+                        "roofline_share": moved / bandwidth / step,
+                    }
+                )
+                print(rows[-1], flush=True)
+            engine.stop()
+        del model
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _random_model(layers: int, name: str, group: int | None, device: str) -> Any:
+    """A model of random weights in bfloat16, its blocks' linears in a scheme."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(_config(layers)).eval()
+    finally:
+        torch.set_default_dtype(before)
+    if group is None:
+        return model
+    scheme, inputs = Scheme.parse(name, group), SharedInputs()
+    for index, block in enumerate(model.model.layers):
+        for path, module in list(block.named_modules()):
+            if isinstance(module, nn.Linear):
+                linear = QuantizedLinear.from_tensor(
+                    _rounded(module.weight.data, scheme), scheme, None, kernel="auto",
+                    dtype=torch.bfloat16,
+                )  # fmt: skip
+                alone = path.endswith(("o_proj", "down_proj"))
+                linear.share(inputs, f"{index} {path if alone else path.split('.')[0]}")
+                block.set_submodule(path, linear)
+    return model
+
+
+def _config(layers: int) -> LlamaConfig:
+    """The shapes of Llama-3.1-8B."""
+    return LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers,
         num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, head_dim=128,
         max_position_embeddings=8192, rope_theta=500000.0, rms_norm_eps=1e-5,
         tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    return random_llama.write(directory, config, "cuda", TOKENS)
+
+
+def build(directory: Path, layers: int) -> int:
+    """Write a model with the shapes of Llama-3.1-8B; returns its bytes."""
+    return random_llama.write(directory, _config(layers), "cuda", TOKENS)
 
 
 def quantize(model: Path, gigabytes: float) -> dict[str, Any]:
@@ -176,7 +334,7 @@ def quantize(model: Path, gigabytes: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", default=["device", "kernels", "quantize"])
+    parser.add_argument("--only", nargs="+", default=list(PARTS))
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--gigabytes", type=float, default=12.0)
     parser.add_argument("--model", type=Path, help="keep the 8B model here, or take it from here")
@@ -198,8 +356,12 @@ def main() -> None:
                         facts["model_bytes"] = build(model, args.layers)
                         facts["build_s"] = time.perf_counter() - started
                     facts[name] = quantize(model, args.gigabytes)
+                elif name == "decode":
+                    bandwidth = (facts.get("device") or device())["copy_bytes_per_s"]
+                    facts[name] = decode(args.layers, bandwidth)
                 else:
-                    facts[name] = {"device": device, "kernels": kernels}[name]()
+                    parts = {"device": device, "kernels": kernels, "products": products}
+                    facts[name] = parts[name]()
             except Exception:
                 facts[name] = {"failed": traceback.format_exc()}
                 print(facts[name]["failed"], flush=True)

@@ -65,6 +65,7 @@ _ROOMS: dict[str, tuple[str, ...]] = {
     "tasks": ("numerics", "models", "evaluate"),
     "served": ("evaluate", "measure"),
     "measure": ("numerics", "models", "export", "measure", "data"),
+    "search": ("optimise",),  # no stage: what the trials of a search follow from
 }
 _WALK = ("batch_size", "dtype", "all_experts")  # of `calibration`: how blocks run over its tokens
 _DATA = ("corpus", "features")  # kinds of stages that a speculator is trained on

@@ -155,9 +155,7 @@ def preflight(plan: Plan, targets: Sequence[Target] | None = None) -> Preflight:
     for name, variant in recipe.variants.items():
         if name not in names:
             continue
-        # Our own engine loads models on the CPU (stages.measure).
-        dtype = (variant.serve and variant.serve.dtype) or _dtype(recipe)
-        own = Target("transformers", "cpu", bfloat16=dtype in ("auto", "bfloat16"))
+        own = own_target((variant.serve and variant.serve.dtype) or _dtype(recipe))
         nearest = {own.engine: own} | {t.engine: t for t in reversed(served)}
         shapes = linear_shapes(_kept(plan.facts.tensors, variant.ignore))
         for scheme, g_idx in _schemes(variant):
@@ -199,6 +197,18 @@ def _targets(recipe: Recipe) -> list[Target]:
     """Of the servers that take what the recipe exports."""
     targets = vllm_targets() if "compressed-tensors" in recipe.export else []
     return [*targets, *(llama_cpp_targets() if "gguf" in recipe.export else [])]
+
+
+def own_target(dtype: str) -> Target:
+    """This package's own engine on this machine, where the recipe's dtype of activations may be
+    ``auto``."""
+    import torch
+
+    bfloat16 = dtype in ("auto", "bfloat16")
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return Target("transformers", "cuda", 10 * major + minor, bfloat16=bfloat16)
+    return Target("transformers", "cpu", bfloat16=bfloat16)
 
 
 def llama_cpp_targets() -> list[Target]:

@@ -800,7 +800,8 @@ def measure(context: Context) -> dict[str, Any]:
     for name, stored in artifacts.items():
         directory, log, own = stored.path / "artifact", logs / name, settings.of(name)
         if settings.engine == "transformers":
-            variants[name] = fleet.in_process(_loader(directory, stored.result["format"]), own)
+            loader = _loader(directory, stored.result["format"])
+            variants[name] = fleet.in_process(loader, own, workload.longest)
         elif settings.engine == "vllm":
             if name in context.config.get("speculate", {}):
                 found = speculators.get(name)
@@ -838,13 +839,16 @@ def _estimates_basis(context: Context) -> dict[str, Any]:
 
 
 def _loader(directory: Path, fmt: str) -> Callable[[Any], nn.Module]:
-    """Loads an artifact, by its format, in a dtype of its activations."""
+    """Loads an artifact in a dtype of its activations, on the GPU if there is one."""
+    import torch
+
     from compressor.export import bitsandbytes
     from compressor.export import compressed_tensors as formats
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if fmt == bitsandbytes.NAME:
-        return lambda dtype: bitsandbytes.load_model(directory, dtype=dtype)
-    return lambda dtype: formats.load_model(directory, kernel="auto", dtype=dtype)
+        return lambda dtype: bitsandbytes.load_model(directory, dtype=dtype, device=device)
+    return lambda dtype: formats.load_model(directory, kernel="auto", dtype=dtype, device=device)
 
 
 FUNCTIONS: dict[str, Callable[[Context], dict[str, Any]]] = {

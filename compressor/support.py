@@ -182,6 +182,11 @@ def _int4pack(scheme: Scheme, shape: LinearShape, _: Target) -> str:
     return ""
 
 
+def _whole_tiles(scheme: Scheme, shape: LinearShape, _: Target) -> str:
+    group = shape.in_features if _group(scheme) == -1 else _group(scheme)
+    return f"groups of {group} columns are not whole tiles of 32" if group % 32 else ""
+
+
 def _even_groups(scheme: Scheme, *_: object) -> str:
     group = _group(scheme)
     return "" if group == -1 or group % 2 == 0 else f"group size {group} is odd"
@@ -256,13 +261,21 @@ def _ggml_price(scheme: Scheme, shape: LinearShape, target: Target) -> str:
 
 
 _ROWS: tuple[_Row, ...] = (
-    # numerics/kernels.py, select: the model is loaded on the CPU.
+    # numerics/kernels.py, select.
     _Row("transformers", "cpu", "int8-int_mm", _w8a8, experts=None),
     _Row("transformers", "cpu", "int8-int8pack_mm", lambda s: _is("W8A16")(s) and _group(s) == -1,
          _all(_needs_bfloat16, _multiples(16, 1)), experts=None),
     _Row("transformers", "cpu", "int4-int4pack_mm", _is("W4A16", None),
          _all(_needs_bfloat16, _int4pack, _multiples(1, 16)), experts=None),
     _Row("transformers", "cpu", "dequantized weights", lambda s: True, level="dequantized",
+         experts=None),
+    # numerics/kernels_triton.py, select; tensor cores take bfloat16 from 8.0.
+    _Row("transformers", "cuda", "int8-triton", _w8a8, least=80, experts=None),
+    _Row("transformers", "cuda", "int4-triton", _is("W4A16", None),
+         _all(_needs_bfloat16, _whole_tiles), least=80, experts=None),
+    _Row("transformers", "cuda", "int8-weight-only-triton", _is("W8A16"),
+         _all(_needs_bfloat16, _whole_tiles), least=80, experts=None),
+    _Row("transformers", "cuda", "dequantized weights", lambda s: True, level="dequantized",
          experts=None),
     # kernels/linear/scaled_mm/cpu.py, CPUInt8ScaledMMLinearKernel (oneDNN): no condition.
     _Row("vllm", "cpu", "oneDNN int8", _w8a8),

@@ -59,13 +59,16 @@ def export(
     complete(model_dir, provenance, directory)
 
 
-def load_model(directory: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_model(
+    directory: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> nn.Module:
     """A bitsandbytes directory (ours or another tool's), loaded by transformers with the library's
     own modules and kernels.
 
     Args:
         directory: the artifact.
         dtype: of activations and of everything that is not quantized.
+        device: of the model.
 
     Raises:
         RunError: the library is missing, or transformers cannot load the directory.
@@ -78,7 +81,7 @@ def load_model(directory: Path, *, dtype: torch.dtype = torch.float32) -> nn.Mod
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, device_map={"": "cpu"}, local_files_only=True
+            directory, dtype=dtype, device_map={"": device}, local_files_only=True
         )
     except (OSError, ValueError, ImportError, RuntimeError, AttributeError) as error:
         raise RunError(

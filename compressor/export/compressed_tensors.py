@@ -183,6 +183,7 @@ def load_model(
     *,
     kernel: Literal["reference", "auto"] = "reference",
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> nn.Module:
     """A compressed-tensors directory (ours or another tool's) as a runnable causal LM.
 
@@ -193,6 +194,7 @@ def load_model(
             or ``auto`` (low-bit kernels where this device has them). The cache of keys and values
             is held in ``dtype``, rounded as a low-bit one.
         dtype: of activations and of everything that is not quantized.
+        device: of the model.
 
     Raises:
         RunError: the directory uses a part of the format that is not read here.
@@ -211,8 +213,10 @@ def load_model(
             if source.has(f"{ref.name}.weight") and not source.has(f"{ref.name}.weight_scale"):
                 continue
             scheme = scheme_of(ref.name)
-            tensor = read_tensor(source, ref.name, scheme)
-            bias = source.tensor(f"{ref.name}.bias") if ref.module.bias is not None else None
+            tensor = read_tensor(source, ref.name, scheme).to(device)
+            bias = None
+            if ref.module.bias is not None:
+                bias = source.tensor(f"{ref.name}.bias").to(device)
             linear = QuantizedLinear.from_tensor(tensor, scheme, bias, kernel=kernel, dtype=dtype)
             linear.share(inputs, ref.input_group)
             model.replace_linear(ref, linear)
@@ -220,7 +224,7 @@ def load_model(
             kv_cache = _read_kv_cache(found["kv_cache_scheme"], directory)
             scales = {n: source.tensor(n) for n in source.names if n.endswith((KEY, VALUE))}
             round_cache(model, scales, kv_cache)
-    return model.load_full(dtype, "cpu")
+    return model.load_full(dtype, device)
 
 
 def read_tensor(source: Checkpoint, name: str, scheme: Scheme) -> QuantizedTensor:

@@ -223,7 +223,8 @@ def _counts(zone: Path) -> bool:
     return name == "dram"
 
 
-def _pynvml() -> Any:
+def pynvml() -> Any:
+    """The module of that name; EnergyError where it is not installed."""
     try:
         return importlib.import_module("pynvml")
     except ImportError:
@@ -274,7 +275,7 @@ class EnergyMeter:
         try:
             if self._device == "cpu":
                 return RaplSource(self._powercap, self._began)
-            nvml = _pynvml() if self._nvml is None else self._nvml
+            nvml = pynvml() if self._nvml is None else self._nvml
             return NvmlSource(nvml, self._began, self._gpus)
         except EnergyError as error:
             self._notes.append(str(error))

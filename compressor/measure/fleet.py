@@ -240,11 +240,13 @@ def _dtypes(settings: MeasureSettings) -> tuple[str, ...]:
     return ("float32", "bfloat16") if settings.dtype == "auto" else (settings.dtype,)
 
 
-def in_process(loader: Loader, settings: MeasureSettings) -> Candidates:
+def in_process(loader: Loader, settings: MeasureSettings, longest_prompt: int) -> Candidates:
     """Candidates of the transformers engine.
 
     Args:
         loader: returns the ready model in evaluation mode for a dtype of its activations.
+        settings: the declared load.
+        longest_prompt: of the workload [tokens].
     """
     from compressor.measure.engines.continuous import ContinuousEngine
     from compressor.measure.engines.static import StaticEngine
@@ -254,7 +256,13 @@ def in_process(loader: Loader, settings: MeasureSettings) -> Candidates:
     found: dict[str, Callable[[], ServedEngine]] = {}
 
     def static(dtype: str, cache: CacheKind) -> Callable[[], ServedEngine]:
-        return lambda: StaticEngine(loader, dtype=DTYPES[dtype], cache=cache, max_batch=most)
+        return lambda: StaticEngine(
+            loader,
+            dtype=DTYPES[dtype],
+            cache=cache,
+            longest=longest_prompt + settings.longest_output,
+            max_batch=most,
+        )
 
     def continuous(dtype: str) -> Callable[[], ServedEngine]:
         return lambda: ContinuousEngine(loader, dtype=DTYPES[dtype])

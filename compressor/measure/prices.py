@@ -150,14 +150,22 @@ def owned_defaults() -> dict[str, dict[str, Any]]:
 
 
 def device_id(gpu_name: str | None) -> str | None:
-    """The table's id for a GPU by its driver name; ``cpu`` for no GPU; None when not listed."""
+    """The table's id for a GPU by its driver name; ``cpu`` for no GPU; None when not listed, as a
+    slice of one is not."""
     if not gpu_name:
         return "cpu"
+    if is_slice(gpu_name):
+        return None
     words = set(re.split(r"[^A-Z0-9]+", gpu_name.upper()))
     # Rows that ask for more words come first in the table.
     asked = {id_: row["match"].split() for id_, row in price_rows().items() if "match" in row}
     hits = [id_ for id_, needed in asked.items() if words.issuperset(needed)]
     return hits[0] if hits else None
+
+
+def is_slice(gpu_name: str) -> bool:
+    """Whether a driver's name is that of a MIG slice, such as ``NVIDIA H200 MIG 1g.18gb``."""
+    return "MIG" in re.split(r"[^A-Z0-9]+", gpu_name.upper())
 
 
 def amortised_usd_per_hour(purchase_usd: float, residual_usd: float, life_hours: float) -> float:

@@ -22,6 +22,7 @@ from compressor.measure.load import LoadResult, closed_loop, open_loop, run_load
 from compressor.measure.prices import price_basis, resolve_prices
 from compressor.measure.samples import write_samples
 from compressor.measure.settings import MeasureSettings, Point
+from compressor.measure.sharing import gpu_sharing
 from compressor.measure.workload import PROMPTS, Workload, write_prompts
 
 LOGS = "logs"
@@ -151,8 +152,8 @@ def measure(
     ``samples`` {variant: path, sha256, requests}, ``loads`` (what each load took: generator's
     share of a CPU, lateness, energy, drafts counted by an engine that speculates), ``probes``
     {variant: what was tried}, ``errors`` {variant: message of those that failed},
-    ``artifact_bytes``, ``device`` and ``dimensions`` (None where not known), ``seconds``,
-    ``notes``.
+    ``artifact_bytes``, ``device`` and ``dimensions`` (None where not known), ``gpu`` (who shares
+    it: `sharing.Sharing`, None without one), ``seconds``, ``notes``.
 
     Raises RunError when the baseline fails, RecipeError when the prices cannot be used.
     """
@@ -164,6 +165,7 @@ def measure(
     samples: dict[str, list[RequestSample]] = {name: [] for name in variants}
     loads: list[dict[str, Any]] = []
     device: Literal["cuda", "cpu"] = "cuda" if gpu_name else "cpu"
+    sharing = gpu_sharing()
     try:
         with _task(progress, "prepare measurement", len(variants)) as task:
             for name in variants:
@@ -249,7 +251,8 @@ def measure(
         "dimensions": None,
         **(basis or {}),
         "seconds": time.perf_counter() - began,
-        "notes": _notes(settings, fleet),
+        "gpu": sharing and sharing.to_dict(),
+        "notes": [*_notes(settings, fleet), *(sharing.notes if sharing else [])],
     }
     result_ |= points.figures(result_, samples)
     target = Path(out_dir) / points.LEDGER

@@ -1,4 +1,5 @@
-"""Products with low-bit weights: PyTorch's own CPU kernels, and a dense reference.
+"""Products with low-bit weights: PyTorch's own CPU kernels, and a dense reference. Those of a GPU
+are in `kernels_triton`.
 
 - W8A8: ``torch._int_mm`` (int8 x int8 -> int32 through oneDNN, VNNI where the CPU has it).
 - W4A16, groups of 32, 64 or 128: ``aten::_weight_int4pack_mm_for_cpu`` in bfloat16, made for few
@@ -17,6 +18,8 @@ inputs multiplied by its reciprocal and saturated.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import nn
 
@@ -24,8 +27,8 @@ from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import FP8_MAX, ActivationScheme, Scheme
 
 INT8_MAX = 127.0
-_INT8_STEPS = 255.0
-_LEAST_SCALE = torch.finfo(torch.float32).tiny  # of rows of zeros, which come out as zeros
+INT8_STEPS = 255.0
+LEAST_SCALE = torch.finfo(torch.float32).tiny  # of rows of zeros, which come out as zeros
 _FP8_LEAST_SCALE = 1.0 / (FP8_MAX * 512.0)
 _INT4_GROUPS = (32, 64, 128, 256)
 # int8 codes [n, in], float32 scales [n, 1] or [1], int32 zero points [n, 1] or none
@@ -179,7 +182,13 @@ def select(tensor: QuantizedTensor, scheme: Scheme, dtype: torch.dtype) -> Kerne
 
     Weight-only kernels compute in bfloat16 and so need activations in it.
     """
-    if tensor.codes.device.type != "cpu" or tensor.codes.dtype != torch.int8:
+    if tensor.codes.dtype != torch.int8:
+        return None
+    if tensor.codes.device.type == "cuda" and find_spec("triton"):
+        from compressor.numerics import kernels_triton
+
+        return kernels_triton.select(tensor, scheme, dtype)
+    if tensor.codes.device.type != "cpu":
         return None
     weights, activations = scheme.weights, scheme.input_activations
     channel = weights.strategy == "channel" and weights.symmetric
@@ -204,7 +213,7 @@ def quantize_rows(
     values = x.float()
     if fixed is not None:
         return values.div(fixed).round_().clamp_(-128, 127).to(torch.int8), fixed
-    scale = values.abs().amax(-1, keepdim=True).div_(INT8_MAX).clamp_min_(_LEAST_SCALE)
+    scale = values.abs().amax(-1, keepdim=True).div_(INT8_MAX).clamp_min_(LEAST_SCALE)
     return values.div(scale).round_().to(torch.int8), scale
 
 
@@ -216,7 +225,7 @@ def quantize_rows_asymmetric(
     values = x.float()
     low, high = torch.aminmax(values, dim=-1, keepdim=True)
     low, high = low.clamp_(max=0), high.clamp_(min=0)
-    scale = (high - low).div_(_INT8_STEPS).clamp_min_(_LEAST_SCALE)
+    scale = (high - low).div_(INT8_STEPS).clamp_min_(LEAST_SCALE)
     zero = torch.round(-128 - low / scale)
     codes = values.div(scale).round_().add_(zero).clamp_(-128, 127).to(torch.int8)
     return codes, scale, zero.to(torch.int32)

@@ -209,12 +209,9 @@ def final_objectives(
     for variant in report["variants"]:
         if variant["status"] != "ok":
             continue
-        row: dict[str, Any] = {}
-        if options.minimise in MEASURED:
-            rows = [r for r in variant["performance"] if r["concurrency"] == concurrency]
-            if not rows:
-                continue
-            row = rows[0]
+        row = row_at(variant, concurrency) if options.minimise in MEASURED else {}
+        if row is None:
+            continue
         try:
             made[variant["name"]] = tried.objective_of(
                 options.minimise, row, variant["size_bytes"] or 0

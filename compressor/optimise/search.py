@@ -49,7 +49,7 @@ _ATTEMPTS = 24  # proposals of the sampler that were tried already, before it is
 _MOST = 1e6  # of a violation: databases have no infinity
 _FEW_SLACK = 0.5  # share of a limit that few tokens may miss it by
 _RECORD, _DEVICE = "record", "device"
-_KINDS = ("load", "texts", "quantize", "sensitivity", "evaluate", "export", "measure")
+_KINDS = ("load", "texts", "quantize", "sensitivity", "evaluate", "export", "measure", "search")
 
 
 @dataclass(frozen=True)
@@ -401,7 +401,7 @@ def _sampler(seed: int, draws: int = _DRAWS) -> Any:
 
 def _target(measure: Any) -> Target | None:
     """The engine that serves, on this machine."""
-    from compressor.preflight import llama_cpp_targets, vllm_targets
+    from compressor.preflight import llama_cpp_targets, own_target, vllm_targets
 
     if measure is None:
         return None
@@ -409,7 +409,7 @@ def _target(measure: Any) -> Target | None:
         return vllm_targets()[0]
     if measure.engine == "llama.cpp":
         return llama_cpp_targets()[0]
-    return Target("transformers", "cpu", bfloat16=measure.dtype in ("auto", "bfloat16"))
+    return own_target(measure.dtype)
 
 
 def _cpus() -> int:

@@ -60,6 +60,7 @@ def test_cpu_price_scales_with_cpus_and_says_so() -> None:
         ("NVIDIA L4", "l4"),
         ("NVIDIA L40S", "l40s"),
         ("NVIDIA L40", None),
+        ("NVIDIA H200 MIG 1g.18gb", None),  # a slice does not cost what the whole does
         ("AMD Instinct MI300X", "mi300x"),
         (None, "cpu"),
     ],

@@ -41,7 +41,10 @@ def measure(
         seed=settings.seed,
         source=settings.prompts,
     )
-    variants = {name: fleet.in_process(loader, settings) for name, loader in loaders.items()}
+    variants = {
+        name: fleet.in_process(loader, settings, workload.longest)
+        for name, loader in loaders.items()
+    }
     return measure_candidates(variants, workload, settings, out_dir, *args, **options)
 
 

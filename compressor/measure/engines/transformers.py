@@ -15,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from compressor.measure.engines.base import RequestSample
+from compressor.measure.engines.static_decoder import StaticDecoder, StaticDecoders
 
 Loader = Callable[[torch.dtype], nn.Module]
 CacheKind = Literal["dynamic", "static"]
@@ -45,6 +46,15 @@ def model_dtype(model: nn.Module) -> str:
     return str(next(embeddings.parameters()).dtype).removeprefix("torch.")
 
 
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and mask [batch, longest], int64, padded on the left."""
+    length = max(map(len, prompts))
+    return (
+        torch.as_tensor([[_PADDING] * (length - len(p)) + list(p) for p in prompts]),
+        torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts]),
+    )
+
+
 class TransformersEngine:
     """Serves a batch of equally long prompts together: one prefill, then one step per token.
 
@@ -55,7 +65,8 @@ class TransformersEngine:
         loader: returns the ready model in evaluation mode for a dtype of its activations.
         dtype: what the loader is asked for.
         cache: ``dynamic`` grows the key-value cache by one position a step; ``static``
-            preallocates it.
+            preallocates it, and on a GPU replays a step as one CUDA graph (`static_decoder`).
+        longest: positions that the graphs' caches have room for; grown where it is not enough.
     """
 
     name = "transformers"
@@ -66,9 +77,11 @@ class TransformersEngine:
         *,
         dtype: torch.dtype = torch.float32,
         cache: CacheKind = "dynamic",
+        longest: int = 0,
     ) -> None:
         self._loader, self._dtype = loader, dtype
         self._cache_kind = cache
+        self._decoders = StaticDecoders(longest, self._decoder)
         self._model: nn.Module | None = None
         self._served = 0
         self._last_logit_only: dict[str, Any] = {}
@@ -91,6 +104,7 @@ class TransformersEngine:
 
     def stop(self) -> None:
         """Drop the model and return its memory."""
+        self._decoders.clear()
         self._model = None
         gc.collect()
         if torch.cuda.is_available():
@@ -107,6 +121,7 @@ class TransformersEngine:
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
             "attention": getattr(self.model.config, "_attn_implementation", None),
             "cache": self._cache_kind,
+            "launch": self._decoders.launch,
             "decoding": "greedy, fixed length, end-of-sequence ignored",
             "kernel": model_kernel(self.model),
             "dtype": model_dtype(self.model),
@@ -133,12 +148,32 @@ class TransformersEngine:
         if output_length < 1:
             raise ValueError("output_length must be at least 1")
         length = max(map(len, prompts))
+        if self._replays:
+            decoder = self._decoders.fitting(len(prompts), length + output_length)
+            return self._replayed(decoder, prompts, output_length)
         cache = self._new_cache(length + output_length)
-        mask = None
-        if any(len(prompt) < length for prompt in prompts):
-            mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
-        ids = torch.as_tensor([[_PADDING] * (length - len(p)) + list(p) for p in prompts])
-        return self._steps(ids, mask, cache, output_length)
+        ids, mask = _padded(prompts)
+        even = all(len(prompt) == length for prompt in prompts)
+        return self._steps(ids, None if even else mask, cache, output_length)
+
+    @property
+    def _replays(self) -> bool:
+        device = next(self.model.parameters()).device
+        return device.type == "cuda" and self._cache_kind == "static" and self._takes_positions
+
+    def _decoder(self, batch: int, capacity: int) -> StaticDecoder:
+        return StaticDecoder(self.model, batch, capacity, self._last_logit_only)
+
+    def _replayed(
+        self, decoder: StaticDecoder, prompts: Sequence[Sequence[int]], output_length: int
+    ) -> Iterator[tuple[torch.Tensor, float]]:
+        """As `_steps`; places of the decoder that are left over repeat the last prompt."""
+        batch = len(prompts)
+        ids, mask = _padded([*prompts, *[prompts[-1]] * (decoder.batch - batch)])
+        for number in range(output_length):
+            found = decoder.step() if number else decoder.begin(ids, mask)
+            on_host = found[:batch].cpu()  # waits for the device: the token is at the caller
+            yield on_host, time.perf_counter()
 
     @torch.inference_mode()
     def _steps(
