@@ -1,12 +1,13 @@
 """A GPU's ceilings, our kernels against them, and a model with the shapes of an 8B one.
 
     python benchmarks/gpu.py --output reports/gpu
-        [--only device kernels quantize products decode] [--layers 32] [--model DIRECTORY]
+        [--only device kernels products decode train quantize] [--layers 32] [--model DIRECTORY]
 
 ``kernels`` is GPTQ's column loop as a kernel and as tensor operations. ``products`` are the low-bit
 products of few rows, on weights that no cache holds. ``decode`` is the embedded engine on a model
-with random weights rounded to nearest, by scheme and batch. ``quantize`` writes such a model and
-quantizes it to W4A16 by GPTQ on 128 x 2048 tokens, within ``--gigabytes`` of the device's memory.
+with random weights rounded to nearest, by scheme and batch. ``train`` are Medusa heads of its
+width, on made-up states in place of the target's. ``quantize`` writes such a model and quantizes it
+to W4A16 by GPTQ on 128 x 2048 tokens, within ``--gigabytes`` of the device's memory.
 What these take does not depend on the weights' values.
 """
 
@@ -34,6 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.measure.engines.transformers import TransformersEngine, model_bytes
 from compressor.models.architecture import CausalLM
+from compressor.models.head import Head
 from compressor.numerics import grid
 from compressor.numerics.linear import QuantizedLinear, SharedInputs
 from compressor.numerics.quantized import QuantizedTensor
@@ -42,14 +44,18 @@ from compressor.quantize.columns import round_columns_loop
 from compressor.quantize.columns_triton import round_columns_triton
 from compressor.quantize.driver import quantize_model
 from compressor.quantize.gptq import GPTQ, GPTQOptions, inverse_factor
+from compressor.speculate.corpus import Corpus
+from compressor.speculate.medusa import train_medusa
+from compressor.speculate.options import MedusaOptions
 
-PARTS = ("device", "kernels", "products", "decode", "quantize")
+PARTS = ("device", "kernels", "products", "decode", "train", "quantize")
 SAMPLES, LENGTH, TOKENS = 128, 2048, 49152
 SCHEMES = (("bfloat16", None), ("W8A8", -1), ("W8A16", -1), ("W4A16", 128))
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096))
 ROWS = (1, 4, 16, 64, 128)
 BATCHES = (1, 4, 16, 64, 128)
 PROMPT, OUTPUT = 128, 64  # tokens
+HEADS, DRAFT, ANSWERS = 4, 32768, 256  # Medusa heads, tokens that they know, samples of LENGTH / 4
 BEYOND_CACHES = 256 << 20  # bytes of weights that a product goes through
 
 
@@ -275,6 +281,61 @@ def _random_model(layers: int, name: str, group: int | None, device: str) -> Any
     return model
 
 
+class _States:
+    """What `Features` reads from disk, made up."""
+
+    def __init__(self, corpus: Corpus, size: int) -> None:
+        self.size = size
+        self._values = torch.randn(*corpus.tokens.shape, size).to(torch.bfloat16)
+
+    def hidden(self, row: int) -> torch.Tensor:
+        """bfloat16 [length, hidden]."""
+        return self._values[row]
+
+
+def train(peak: float, device: str = "cuda") -> dict[str, Any]:
+    """Medusa heads in bfloat16: tokens a second, and their products' share of the peak.
+
+    Args:
+        peak: of bfloat16 products [operations/s].
+        device: of the heads.
+    """
+    config = _config(1)
+    width, length = config.hidden_size, LENGTH // 4
+    tokens = np.random.default_rng(0).integers(3, TOKENS, (ANSWERS, length)).astype(np.int32)
+    held_out = ANSWERS // 16
+    corpus = Corpus(
+        tokens, np.full(ANSWERS, length, np.int32), np.full(ANSWERS, 1, np.int32), held_out
+    )
+    output = nn.Linear(width, config.vocab_size, bias=False, device=device, dtype=torch.bfloat16)
+    options = MedusaOptions(
+        heads=HEADS, draft_vocabulary=DRAFT, epochs=1, batch_size=8, dtype="bfloat16"
+    )
+    marks: list[float] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        train_medusa(
+            Head(output, config),
+            corpus,
+            _States(corpus, width),  # type: ignore[arg-type]
+            options,
+            Path(scratch),
+            advance=lambda _: marks.append(time.perf_counter()),
+        )
+    step = float(np.median(np.diff(marks)))
+    places = options.batch_size * (length - 2)
+    # Forwards once, and twice as much backwards, of a head's block and output layer.
+    operations = 3 * 2 * HEADS * (width * width + width * DRAFT)
+    return {
+        "heads": HEADS,
+        "draft_vocabulary": DRAFT,
+        "hidden": width,
+        "tokens_per_step": places,
+        "step_s": step,
+        "tokens_per_s": places / step,
+        "share_of_peak": places * operations / step / peak,
+    }
+
+
 def _config(layers: int) -> LlamaConfig:
     """The shapes of Llama-3.1-8B."""
     return LlamaConfig(
@@ -356,9 +417,13 @@ def main() -> None:
                         facts["model_bytes"] = build(model, args.layers)
                         facts["build_s"] = time.perf_counter() - started
                     facts[name] = quantize(model, args.gigabytes)
-                elif name == "decode":
-                    bandwidth = (facts.get("device") or device())["copy_bytes_per_s"]
-                    facts[name] = decode(args.layers, bandwidth)
+                elif name in ("decode", "train"):
+                    best = facts.get("device") or device()
+                    facts[name] = (
+                        train(best["bfloat16_flops"])
+                        if name == "train"
+                        else decode(args.layers, best["copy_bytes_per_s"])
+                    )
                 else:
                     parts = {"device": device, "kernels": kernels, "products": products}
                     facts[name] = parts[name]()
@@ -367,7 +432,55 @@ def main() -> None:
                 print(facts[name]["failed"], flush=True)
             facts.setdefault("seconds", {})[name] = time.perf_counter() - started
             (args.output / "gpu.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps(facts, indent=1))
+    print("\n".join(table(facts)))
+
+
+def table(facts: dict[str, Any]) -> list[str]:
+    """What was found, in lines to read."""
+    lines, reach = [], 1.0
+    if "copy_bytes_per_s" in facts.get("device", {}):
+        one = facts["device"]
+        reach = one["copy_bytes_per_s"]
+        lines.append(
+            f"{one['name']}: {reach / 1e12:.2f} TB/s, bfloat16 {one['bfloat16_flops'] / 1e12:.0f} "
+            "TFLOP/s"
+        )
+    for row in _rows(facts, "kernels"):
+        lines.append(
+            f"column loop {row['columns']} x {row['out']}: {row['kernel_s'] * 1e3:.3f} ms, tensor "
+            f"operations {row['loop_s'] * 1e3:.1f} ms, same codes {row['kernel_same_codes']:.2%}"
+        )
+    for row in _rows(facts, "products"):
+        lines.append(
+            f"{row['scheme']:>8} {row['out']} x {row['columns']}, {row['rows']:>3} rows, "
+            f"{row['kernel']}: {row['seconds'] * 1e6:.1f} us, {row['bytes_per_s'] / reach:.0%} of "
+            f"the bandwidth, error {row['error']:.1e}"
+        )
+    for row in _rows(facts, "decode"):
+        lines.append(
+            f"{row['scheme']:>8} batch {row['batch']:>3}, {row['cache']} cache, "
+            f"{row['launch'] or 'single kernels'}: {row['tokens_per_s']:.0f} tok/s, "
+            f"{row['roofline_share']:.0%} of the roofline"
+        )
+    if "tokens_per_s" in (one := facts.get("train", {})):
+        lines.append(
+            f"Medusa training: {one['tokens_per_s']:.0f} tok/s, {one['share_of_peak']:.0%} of the "
+            "bfloat16 peak"
+        )
+    if "peak_allocated_bytes" in (one := facts.get("quantize", {})):
+        lines.append(
+            f"GPTQ W4A16: {one['seconds']:.1f} s, {one['peak_allocated_bytes'] / 1e9:.1f} GB of "
+            f"{one['limit_bytes'] / 1e9:.0f} GB"
+        )
+    failed = [
+        name for name in PARTS if isinstance(facts.get(name), dict) and "failed" in facts[name]
+    ]
+    return [*lines, *(f"{name} failed: see gpu.json" for name in failed)]
+
+
+def _rows(facts: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    found = facts.get(name)
+    return found if isinstance(found, list) else []
 
 
 if __name__ == "__main__":
