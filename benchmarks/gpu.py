@@ -198,6 +198,7 @@ def _rounded(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
 def _in_a_graph(work: Callable[[], Any], repeats: int = 20) -> float:
     """Median time [s] of some work that is launched as one CUDA graph."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.inference_mode():
         work()
         stream.synchronize()
@@ -207,15 +208,18 @@ def _in_a_graph(work: Callable[[], Any], repeats: int = 20) -> float:
     return seconds(graph.replay, repeats)
 
 
-def decode(layers: int, bandwidth: float, device: str = "cuda") -> list[dict[str, Any]]:
+def decode(
+    layers: int, bandwidth: float, done: Callable[[Any], None], device: str = "cuda"
+) -> list[dict[str, Any]]:
     """Steps of the embedded engine by scheme, cache and batch.
 
     Args:
         layers: of the model.
         bandwidth: of the device's memory [bytes/s].
+        done: called after each row with those so far.
         device: of the model.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, group in SCHEMES:
         model = _random_model(layers, name, group, device)
         read = model_bytes(model) - model_bytes(model.get_input_embeddings())
@@ -224,6 +228,7 @@ def decode(layers: int, bandwidth: float, device: str = "cuda") -> list[dict[str
                 lambda _, model=model: model,
                 dtype=torch.bfloat16,
                 cache=cache,  # type: ignore[arg-type]
+                batches=BATCHES,
                 longest=PROMPT + OUTPUT,
             )
             engine.start()
@@ -248,7 +253,7 @@ def decode(layers: int, bandwidth: float, device: str = "cuda") -> list[dict[str
                         "roofline_share": moved / bandwidth / step,
                     }
                 )
-                print(rows[-1], flush=True)
+                done(rows)
             engine.stop()
         del model
         torch.cuda.empty_cache()
@@ -410,6 +415,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or Path(scratch) / "model"
         for name in args.only:
+
+            def keep(rows: Any, name: str = name) -> None:
+                facts[name] = rows
+                (args.output / "gpu.json").write_text(json.dumps(facts, indent=1) + "\n")
+
             started = time.perf_counter()
             try:
                 if name == "quantize":
@@ -419,68 +429,59 @@ def main() -> None:
                     facts[name] = quantize(model, args.gigabytes)
                 elif name in ("decode", "train"):
                     best = facts.get("device") or device()
-                    facts[name] = (
-                        train(best["bfloat16_flops"])
-                        if name == "train"
-                        else decode(args.layers, best["copy_bytes_per_s"])
-                    )
+                    if name == "train":
+                        facts[name] = train(best["bfloat16_flops"])
+                    else:
+                        facts[name] = decode(args.layers, best["copy_bytes_per_s"], keep)
                 else:
                     parts = {"device": device, "kernels": kernels, "products": products}
                     facts[name] = parts[name]()
             except Exception:
-                facts[name] = {"failed": traceback.format_exc()}
-                print(facts[name]["failed"], flush=True)
+                facts.setdefault("failed", {})[name] = traceback.format_exc()
+                print(facts["failed"][name], flush=True)
             facts.setdefault("seconds", {})[name] = time.perf_counter() - started
-            (args.output / "gpu.json").write_text(json.dumps(facts, indent=1) + "\n")
+            keep(facts.get(name))
     print("\n".join(table(facts)))
 
 
 def table(facts: dict[str, Any]) -> list[str]:
     """What was found, in lines to read."""
-    lines, reach = [], 1.0
-    if "copy_bytes_per_s" in facts.get("device", {}):
+    lines, reach = [], float("nan")
+    if "copy_bytes_per_s" in (facts.get("device") or {}):
         one = facts["device"]
         reach = one["copy_bytes_per_s"]
         lines.append(
             f"{one['name']}: {reach / 1e12:.2f} TB/s, bfloat16 {one['bfloat16_flops'] / 1e12:.0f} "
             "TFLOP/s"
         )
-    for row in _rows(facts, "kernels"):
+    for row in facts.get("kernels") or []:
         lines.append(
             f"column loop {row['columns']} x {row['out']}: {row['kernel_s'] * 1e3:.3f} ms, tensor "
             f"operations {row['loop_s'] * 1e3:.1f} ms, same codes {row['kernel_same_codes']:.2%}"
         )
-    for row in _rows(facts, "products"):
+    for row in facts.get("products") or []:
         lines.append(
             f"{row['scheme']:>8} {row['out']} x {row['columns']}, {row['rows']:>3} rows, "
             f"{row['kernel']}: {row['seconds'] * 1e6:.1f} us, {row['bytes_per_s'] / reach:.0%} of "
             f"the bandwidth, error {row['error']:.1e}"
         )
-    for row in _rows(facts, "decode"):
+    for row in facts.get("decode") or []:
         lines.append(
             f"{row['scheme']:>8} batch {row['batch']:>3}, {row['cache']} cache, "
             f"{row['launch'] or 'single kernels'}: {row['tokens_per_s']:.0f} tok/s, "
             f"{row['roofline_share']:.0%} of the roofline"
         )
-    if "tokens_per_s" in (one := facts.get("train", {})):
+    if "tokens_per_s" in (one := facts.get("train") or {}):
         lines.append(
             f"Medusa training: {one['tokens_per_s']:.0f} tok/s, {one['share_of_peak']:.0%} of the "
             "bfloat16 peak"
         )
-    if "peak_allocated_bytes" in (one := facts.get("quantize", {})):
+    if "peak_allocated_bytes" in (one := facts.get("quantize") or {}):
         lines.append(
             f"GPTQ W4A16: {one['seconds']:.1f} s, {one['peak_allocated_bytes'] / 1e9:.1f} GB of "
             f"{one['limit_bytes'] / 1e9:.0f} GB"
         )
-    failed = [
-        name for name in PARTS if isinstance(facts.get(name), dict) and "failed" in facts[name]
-    ]
-    return [*lines, *(f"{name} failed: see gpu.json" for name in failed)]
-
-
-def _rows(facts: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    found = facts.get(name)
-    return found if isinstance(found, list) else []
+    return [*lines, *(f"{name} failed: see gpu.json" for name in facts.get("failed", ()))]
 
 
 if __name__ == "__main__":

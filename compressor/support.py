@@ -366,6 +366,8 @@ def check(
         return Support("fails", "", "activation order without static_groups is not read")
     if g_idx and target.engine == "llama.cpp" and scheme.weights.strategy == "group":
         return Support("fails", "", "GGUF has no columns grouped by activation order")
+    if g_idx and (target.engine, target.device, scheme.name) == ("transformers", "cuda", "W8A16"):
+        return Support("dequantized", "dequantized weights", "columns grouped by activation order")
     found = [_one(target, scheme, shape) for shape in shapes or (LinearShape("", 4096, 4096),)]
     worst = max(found, key=lambda one: _WORST.index(one.level))
     kernels = sorted({one.kernel for one in found if one.level == worst.level and one.kernel})

@@ -27,6 +27,7 @@ Candidates = Mapping[str, Callable[[], ServedEngine]]
 _WARM_UP_TOKENS = 4
 _PROBE_TOKENS = 16
 _RESERVE_BYTES = 1 << 30
+_OPEN_LOOP_BATCHES = (1, 2, 4, 8, 16, 32, 64)  # that graphs are made for: any may come
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class Fleet:
                 rates[label] = self._rate(engine)
                 kept = number == len(tried) and label == _fastest(rates)
             except FAILURES as error:
-                failed[label], last = str(error), error
+                # Its frames hold what was loaded, and with it the memory of a GPU.
+                failed[label], last = str(error), error.with_traceback(None)
             finally:
                 if engine is not None and not kept:
                     engine.stop()
@@ -260,6 +262,7 @@ def in_process(loader: Loader, settings: MeasureSettings, longest_prompt: int) -
             loader,
             dtype=DTYPES[dtype],
             cache=cache,
+            batches=settings.concurrency or _OPEN_LOOP_BATCHES,
             longest=longest_prompt + settings.longest_output,
             max_batch=most,
         )

@@ -21,7 +21,8 @@ class Sharing:
         name: as the driver gives it, of a slice with its size.
         slice: whether it is a MIG slice: caches and memory bandwidth are its own, power and the
             counter of energy are the whole GPU's.
-        processes: other processes on it before the measurement; None where NVML does not tell.
+        processes: other processes on it before the measurement; None where NVML does not tell, or
+            knows this one by another number (in a container).
         others_bytes: their memory, as far as it tells.
     """
 
@@ -62,15 +63,18 @@ def gpu_sharing(nvml: Any = None) -> Sharing | None:
     properties = torch.cuda.get_device_properties(0)
     name = torch.cuda.get_device_name(0)
     try:
+        torch.cuda.mem_get_info()  # puts this process on the GPU, if it is not there yet
         others = _others(nvml or pynvml(), str(properties.uuid))
     except Exception:  # NVML's own, one for each of its faults, or no NVML at all
+        others = None
+    if others is None:
         return Sharing(name, is_slice(name), None, 0)
     held = sum(int(one.usedGpuMemory or 0) for one in others)
     return Sharing(name, is_slice(name), len(others), held)
 
 
-def _others(nvml: Any, uuid: str) -> list[Any]:
-    """Processes that compute on a GPU and are not of this run."""
+def _others(nvml: Any, uuid: str) -> list[Any] | None:
+    """Processes that compute on a GPU and are not of this run; None where that cannot be told."""
     own = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
     nvml.nvmlInit()
     try:
@@ -78,6 +82,7 @@ def _others(nvml: Any, uuid: str) -> list[Any]:
             uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
         )
         found = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        return [one for one in found if one.pid not in own]
+        others = [one for one in found if one.pid not in own]
+        return others if len(others) < len(found) else None
     finally:
         nvml.nvmlShutdown()

@@ -42,7 +42,8 @@ _INT_MM = 8  # what ``torch._int_mm`` wants columns and channels to be a multipl
 @functools.cache
 def _workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Where programs that share columns put what they found, and count who has arrived (0 between
-    products). One a device and never another: CUDA graphs hold its address."""
+    products). One a device and never another: CUDA graphs hold its address. So products on two
+    streams of a device must wait for each other."""
     parts = torch.empty(_PROGRAMS * _OUT * MOST_ROWS, dtype=torch.float32, device=device)
     return parts, torch.zeros(_PROGRAMS, dtype=torch.int32, device=device)
 
@@ -288,7 +289,7 @@ def _summed(  # type: ignore[no-untyped-def]
     return found, last
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # else it is compiled anew for 1, and for each 16
 def _weight_only_kernel(  # type: ignore[no-untyped-def]
     x, weight, scale, zero, order, y, parts, arrived,
     rows, out, columns, group_size, step_stride, channel_stride,
@@ -336,7 +337,7 @@ def _weight_only_kernel(  # type: ignore[no-untyped-def]
         tl.store(y + row[None, :] * out + channel[:, None], found.to(y.dtype.element_ty), there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _int8_kernel(  # type: ignore[no-untyped-def]
     x, x_scale, x_zero, weight, scale, sums, y, parts, arrived,
     rows, out, columns, x_stride, channel_stride, scale_stride,

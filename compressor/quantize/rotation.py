@@ -25,7 +25,7 @@ from torch import nn
 
 from compressor.errors import RunError
 from compressor.models.architecture import CausalLM, is_router
-from compressor.models.checkpoint import TensorWriter, copy_others
+from compressor.models.checkpoint import TensorWriter, copy_others, untie
 from compressor.quantize.registry import AlgorithmOptions, register
 
 _WRITERS = frozenset({"o_proj", "down_proj", "dense", "w2", "out_proj", "c_proj", "fc2"})
@@ -182,7 +182,7 @@ def rotate_checkpoint(
     writer.close()
     copy_others(source.directory, directory)
     config = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
-    config["tie_word_embeddings"] = False
+    untie(config)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return {"seed": options.seed, "worst_block_difference": worst}
 

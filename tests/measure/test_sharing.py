@@ -41,6 +41,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     properties = SimpleNamespace(uuid=UUID)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 1))
 
 
 def test_without_a_gpu_there_is_nothing_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +57,12 @@ def test_others_are_counted_and_told() -> None:
     assert (found.processes, found.others_bytes, found.slice) == (2, 2_000_000_000, False)
     (note,) = found.notes
     assert note.startswith("2 other process(es) held 2.0 GB of the GPU")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_container_that_hides_numbers_is_not_guessed_about() -> None:
+    found = gpu_sharing(Nvml([(os.getpid() + 1, 5_000)]))  # this process, by the host's number
+    assert found is not None and found.processes is None and found.notes == []
 
 
 @pytest.mark.usefixtures("gpu")

@@ -15,6 +15,9 @@ from compressor.measure.engines.transformers import TransformersEngine
 from tests import tiny
 
 LAST = {"logits_to_keep": 1}
+# Values and shapes that come to Python, and tensors made from its numbers (``torch.tensor``), which
+# are copied from memory that a graph cannot read.
+WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "lift_fresh")
 
 
 @pytest.fixture(params=["llama", "qwen3", "phi3", "gpt_neox"])
@@ -53,7 +56,7 @@ class NothingWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal"), name
+        assert name not in WAITS, name
         return func(*args, **(kwargs or {}))
 
 
@@ -84,17 +87,18 @@ def test_decoders_are_used_again() -> None:
             self.batch, self.capacity = batch, capacity
             made.append((batch, capacity))
 
-    decoders = StaticDecoders(192, Decoder)
+    decoders = StaticDecoders([1, 3, 4, 20], 192, Decoder)  # type: ignore[arg-type]
     assert decoders.launch is None
-    first = decoders.fitting(3, 100)
-    assert (first.batch, first.capacity) == (4, 256)  # a power of two; what is longest anyway
-    assert decoders.fitting(4, 256) is first and decoders.fitting(1, 5) is first
-    assert decoders.fitting(5, 20) is not first and decoders.launch == "here"
-    assert decoders.fitting(2, 20) is first  # the smallest that fits
-    assert decoders.fitting(1, 300).capacity == 384
-    assert made == [(4, 256), (8, 256), (1, 384)]
-    for batch in (16, 32, 64, 128, 256, 512):
-        decoders.fitting(batch, 10)
-    assert decoders.fitting(3, 100) is not first  # the oldest went
+    decoders.prepare()
+    assert made == [(1, 256), (4, 256), (32, 256)]  # powers of two, and what is longest anyway
+    assert decoders.launch == "here"
+    first = decoders.fitting(2, 100)
+    assert first is not None and first.batch == 4  # the smallest that fits
+    assert decoders.fitting(4, 256) is first
+    assert decoders.fitting(33, 10) is None  # that many run kernel by kernel
+    assert len(made) == 3
+    longer = decoders.fitting(4, 300)
+    assert longer is not None and longer.capacity == 384
+    assert decoders.fitting(3, 10) is longer and len(made) == 4  # the shorter one is gone
     decoders.clear()
     assert decoders.launch is None

@@ -82,7 +82,7 @@ def compiled(
     return {
         "binary": len(made.asm["cubin"]),
         "spilled": ptx.count("local.u") + ptx.count("local.b"),
-        "tensor_cores": bool(re.search(r"\b(wgmma\.)?mma(\.sync|_async)", ptx)),
+        "tensor_cores": bool(re.search(r"\b(wgmma\.)?mma(\.sync|_async)|\btcgen05\.mma", ptx)),
     }
 
 

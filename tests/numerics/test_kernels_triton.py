@@ -161,7 +161,7 @@ def test_what_has_no_kernel_is_left_to_dequantized_weights() -> None:
         assert kernels_triton.select(problem(scheme, 16, 192), scheme, dtype) is None
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
 def test_kernels_compile_for_gpus(capability: int, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_kernels.py")

@@ -12,6 +12,7 @@ import itertools
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class StaticEngine:
     A batch that fails ends its requests with an error; the next one is tried.
 
     Args:
-        loader, dtype, cache, longest: as for `TransformersEngine`.
+        loader, dtype, cache, batches, longest: as for `TransformersEngine`.
         max_batch: most requests in a batch; more prompts of unequal length are padded.
         wait_s: how long a batch that is not full waits for more after its first request [s], as
             serving systems do; without it the first of several clients would be served alone.
@@ -46,13 +47,16 @@ class StaticEngine:
         *,
         dtype: torch.dtype = torch.float32,
         cache: CacheKind = "dynamic",
+        batches: Sequence[int] = (1,),
         longest: int = 0,
         max_batch: int = 8,
         wait_s: float = 0.005,
     ) -> None:
         if max_batch < 1:
             raise ValueError("max_batch must be at least 1")
-        self._engine = TransformersEngine(loader, dtype=dtype, cache=cache, longest=longest)
+        self._engine = TransformersEngine(
+            loader, dtype=dtype, cache=cache, batches=batches, longest=longest
+        )
         self._max_batch, self._wait_s = max_batch, wait_s
         self._thread: threading.Thread | None = None
         self._threads = 0

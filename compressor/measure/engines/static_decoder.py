@@ -7,13 +7,14 @@ are the same tensors each time: the tokens, the mask, and a key-value cache of a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import StaticCache
 
-_WARM_UP = 3  # steps before one is captured: libraries choose kernels and take memory in the first
+_WARM_UP = 2  # steps before one is captured: libraries choose kernels and take memory in the first
 
 
 class StaticDecoder:
@@ -63,11 +64,12 @@ class StaticDecoder:
                 f"{batch} prompts of {length} tokens do not fit {self.batch} of {self.capacity}"
             )
         self._cache.reset()
-        self._mask.fill_(1)
+        self._mask.zero_()  # what lies ahead: so attention need not go over it now
         self._mask[:, :length] = mask
         positions = (self._mask[:, :length].cumsum(-1) - 1).clamp_(min=0)
         self._positions.copy_(positions[:, -1:])
         self._forward(ids.to(self._ids.device), positions)
+        self._mask[:, length:] = 1
         return self._ids
 
     @torch.inference_mode()
@@ -84,7 +86,7 @@ class StaticDecoder:
         self._forward(self._ids, self._positions)
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
-        # The mask has ones where nothing is yet: what lies ahead is hidden in any case.
+        # In a step the mask has ones ahead too: what is not there yet is hidden in any case.
         found = self._model(
             input_ids=ids,
             attention_mask=self._mask,
@@ -112,50 +114,72 @@ class StaticDecoder:
     def _capture(self) -> str:
         ids = torch.zeros(self.batch, 2, dtype=torch.long, device=self._ids.device)
         self.begin(ids, torch.ones_like(ids))  # the cache gets its memory here
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            for _ in range(min(_WARM_UP, self.capacity - 3)):
+            for _ in range(_WARM_UP):
                 self._step()
-        torch.cuda.current_stream().wait_stream(stream)
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")  # here, since a failed capture leaves its marks
+            try:
+                self._step()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.stream(current), torch.cuda.graph(graph):
             self._step()
         self._graph = graph
         return "CUDA graph"
 
 
 class StaticDecoders:
-    """Decoders by the sizes that were asked for: what fits is used again, since capturing takes as
-    long as many steps.
+    """Decoders of some sizes, made beforehand since capturing takes as long as many steps. What
+    fits is used; a longer cache is made where none is long enough.
 
     Args:
+        sizes: sequences; each is rounded up to a power of two.
         capacity: positions that each has at least.
         make: makes a decoder of (batch, capacity).
     """
 
     _ROUND = 128  # positions
-    _MOST = 8  # kept: each has a cache of its own
 
-    def __init__(self, capacity: int, make: Any) -> None:
+    def __init__(
+        self, sizes: Iterable[int], capacity: int, make: Callable[[int, int], StaticDecoder]
+    ) -> None:
+        self.sizes = sorted({1 << (size - 1).bit_length() for size in sizes})
         self._capacity, self._make = capacity, make
-        self._made: list[StaticDecoder] = []
+        self._made: dict[int, StaticDecoder] = {}  # by size
 
-    def fitting(self, batch: int, positions: int) -> StaticDecoder:
-        """One for so many sequences at least, and positions."""
-        fits = [one for one in self._made if one.batch >= batch and one.capacity >= positions]
-        if not fits:
-            size = 1 << (batch - 1).bit_length()
+    def prepare(self) -> None:
+        """Make those of all sizes."""
+        for size in self.sizes:
+            self.fitting(size, 1)
+
+    def fitting(self, batch: int, positions: int) -> StaticDecoder | None:
+        """One for so many sequences at least, and positions; None for more than any size."""
+        size = next((size for size in self.sizes if size >= batch), None)
+        if size is None:
+            return None
+        found = self._made.get(size)
+        if found is None or found.capacity < positions:
+            self._made.pop(size, None)  # its cache goes first
             length = -(-max(positions, self._capacity) // self._ROUND) * self._ROUND
-            del self._made[: len(self._made) + 1 - self._MOST]  # the oldest first
-            self._made.append(self._make(size, length))
-            return self._made[-1]
-        return min(fits, key=lambda one: (one.batch, one.capacity))
+            found = self._made[size] = self._make(size, length)
+        return found
 
     @property
     def launch(self) -> str | None:
-        """How steps are launched, by the last that was made; None before."""
-        return self._made[-1].launch if self._made else None
+        """How steps are launched, by size where that differs; None before any was made."""
+        found = {one.launch: size for size, one in self._made.items()}
+        return (
+            "; ".join(
+                launch if len(found) == 1 else f"{launch} (up to {size})"
+                for launch, size in found.items()
+            )
+            or None
+        )
 
     def clear(self) -> None:
         """Drop all of them."""

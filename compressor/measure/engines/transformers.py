@@ -65,7 +65,8 @@ class TransformersEngine:
         loader: returns the ready model in evaluation mode for a dtype of its activations.
         dtype: what the loader is asked for.
         cache: ``dynamic`` grows the key-value cache by one position a step; ``static``
-            preallocates it, and on a GPU replays a step as one CUDA graph (`static_decoder`).
+            preallocates it, and on a GPU replays steps as CUDA graphs (`static_decoder`).
+        batches: sizes that graphs are made for; larger ones run kernel by kernel.
         longest: positions that the graphs' caches have room for; grown where it is not enough.
     """
 
@@ -77,11 +78,12 @@ class TransformersEngine:
         *,
         dtype: torch.dtype = torch.float32,
         cache: CacheKind = "dynamic",
+        batches: Sequence[int] = (1,),
         longest: int = 0,
     ) -> None:
         self._loader, self._dtype = loader, dtype
         self._cache_kind = cache
-        self._decoders = StaticDecoders(longest, self._decoder)
+        self._decoders = StaticDecoders(batches, longest, self._decoder)
         self._model: nn.Module | None = None
         self._served = 0
         self._last_logit_only: dict[str, Any] = {}
@@ -101,6 +103,8 @@ class TransformersEngine:
             parameters = inspect.signature(self._model.forward).parameters
             self._last_logit_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
             self._takes_positions = "position_ids" in parameters
+            if self._replays:
+                self._decoders.prepare()
 
     def stop(self) -> None:
         """Drop the model and return its memory."""
@@ -148,10 +152,11 @@ class TransformersEngine:
         if output_length < 1:
             raise ValueError("output_length must be at least 1")
         length = max(map(len, prompts))
-        if self._replays:
-            decoder = self._decoders.fitting(len(prompts), length + output_length)
+        longest = length + output_length
+        decoder = self._decoders.fitting(len(prompts), longest) if self._replays else None
+        if decoder is not None:
             return self._replayed(decoder, prompts, output_length)
-        cache = self._new_cache(length + output_length)
+        cache = self._new_cache(longest)
         ids, mask = _padded(prompts)
         even = all(len(prompt) == length for prompt in prompts)
         return self._steps(ids, None if even else mask, cache, output_length)
