@@ -89,10 +89,14 @@ def optimise(recipe: Recipe, store: Store, progress: Progress) -> Optimised:
 def _judged(
     options: Optimise, found: Found, progress: Progress
 ) -> list[tuple[Candidate, Finalist]]:
-    """The best candidates on the recipe's own texts, until enough of them keep the limits."""
+    """The best candidates on the recipe's own texts, until enough of them keep the limits. Of those
+    that compute the same one is enough: the first that keeps them."""
     made: list[tuple[Candidate, Finalist]] = []
+    classes: set[str] = set()
     with progress.task("judge on held-out texts", options.finalists) as task:
         for candidate, trial in found.ranked:
+            if candidate.speed_class in classes:
+                continue
             facts: dict[str, Any] = {"passed": False, "loss": None}
             try:
                 quality = found.runner.quality(candidate, None)
@@ -109,6 +113,7 @@ def _judged(
             )
             made.append((candidate, finalist))
             if finalist.passed:
+                classes.add(candidate.speed_class)
                 task.advance()
             if sum(one.passed for _, one in made) == options.finalists:
                 break

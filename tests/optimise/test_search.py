@@ -94,6 +94,9 @@ def test_the_winner_is_that_of_trying_everything(place: Path, made: Optimised) -
         key=lambda trial: trial.objective or 0,
     )
     assert ranked[0].name in winners and ranked[0].objective == smallest
+    classes = {candidate.name: candidate.speed_class for candidate in every}
+    passed = [classes[one.name] for one in record.finalists if one.passed]
+    assert len(passed) == len(set(passed)) == 3  # none of them computes the same as another
     full = [trial for trial in record.trials if trial.loss is not None]
     assert len(full) <= len(every) // 2
     assert len(record.trials) + sum(record.excluded.values()) + record.untried == len(every)
