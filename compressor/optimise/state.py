@@ -123,7 +123,8 @@ class State:
 
     def loss(self, pooled: Pooled) -> float:
         """Growth of the perplexity as expected from the prediction, and from what candidates like
-        it showed: with its method, else its algorithms and scheme, else its scheme, else any."""
+        it showed: with its method, else its algorithms and scheme, else its scheme (and how its
+        algorithms compare in others), else any."""
         own = pooled.candidate
         same = [
             (other, record) for other, record in self.trials if other.candidate.scheme == own.scheme
@@ -131,10 +132,27 @@ class State:
         alike = [
             (other, record) for other, record in same if other.candidate.algorithm == own.algorithm
         ]
+        ratio = 1.0
         for group in (self._by_method(own), alike, same, self.trials):
             if ratios := self._ratios(group):
-                return math.expm1(min(pooled.loss * statistics.median(ratios), 50.0))
-        return math.expm1(min(pooled.loss, 50.0))
+                ratio = statistics.median(ratios)
+                ratio *= self._elsewhere(own) if group is same else 1.0
+                break
+        return math.expm1(min(pooled.loss * ratio, 50.0))
+
+    def _elsewhere(self, own: Candidate) -> float:
+        """How the losses of some algorithms compare with others', in schemes where both were tried;
+        1 where they were not."""
+        found = []
+        for scheme in {other.candidate.scheme for other, _ in self.trials}:
+            parts: dict[bool, list[tuple[Pooled, TrialRecord]]] = {True: [], False: []}
+            for other, record in self.trials:
+                if other.candidate.scheme == scheme:
+                    parts[other.candidate.algorithm == own.algorithm].append((other, record))
+            mine, others = self._ratios(parts[True]), self._ratios(parts[False])
+            if mine and others:
+                found.append(statistics.median(mine) / statistics.median(others))
+        return statistics.median(found) if found else 1.0
 
     def _by_method(self, own: Candidate) -> list[tuple[Pooled, TrialRecord]]:
         return [one for one in self.trials if one[0].candidate.method == own.method]

@@ -144,6 +144,22 @@ def test_losses_are_believed_after_three_trials(
     assert state.loss(hard) == pytest.approx(math.expm1(0.1))
 
 
+def test_algorithms_take_along_what_they_showed_in_another_scheme(tmp_path: Path) -> None:
+    lists = {"algorithms": [["rtn"], ["gptq"]], "schemes": ["W8A16", "W4A16"]}
+    state = State(recipe(tmp_path, optimise__space=lists).optimise, 250.0)
+    by = {(c.algorithm, c.scheme): pooled(c) for c in space(tmp_path, **lists).pool}
+
+    def seen(key: tuple[str, str], ratio: float) -> None:
+        state.add(by[key], trial(by[key], math.expm1(by[key].loss * ratio), why="limits missed"))
+
+    seen(("rtn", "W4A16"), 0.8)
+    seen(("rtn", "W8A16"), 2.0)
+    wanted = by["gptq", "W8A16"]
+    assert state.loss(wanted) == pytest.approx(math.expm1(wanted.loss * 2.0))  # as its scheme
+    seen(("gptq", "W4A16"), 0.4)  # half of what the other loses
+    assert state.loss(wanted) == pytest.approx(math.expm1(wanted.loss * 1.0))
+
+
 def test_limits_of_memory_and_engines_that_do_not_load(tmp_path: Path) -> None:
     made = recipe(
         tmp_path,
