@@ -3,7 +3,7 @@
     python benchmarks/search.py recipes/optimise.yaml --output reports/optimise/exhaustive.json
         [--max-loss 5%] [--work DIR]
 
-The recipe's space is cut down to 24 candidates. Each is evaluated on all tokens of the search
+The recipe's space is cut down to 32 candidates. Each is evaluated on all tokens of the search
 and, where it keeps the limits, exported and measured, in a store of its own that the search does
 not see. Candidates that compute the same in serving cost the same: the median of their
 measurements; the one that loses least wins, as in the search. Times are what stages took when they
@@ -34,7 +34,7 @@ from compressor.recipe import Recipe, load_recipe
 from compressor.store import Store
 
 SPACE: dict[str, Any] = {
-    "algorithms": [["rtn"], [{"rtn": {"observer": "mse"}}], ["gptq"]],
+    "algorithms": [["rtn"], [{"rtn": {"observer": "mse"}}], ["gptq"], ["smoothquant", "gptq"]],
     "schemes": ["W8A8", "W8A16", "W4A16"],
     "group_sizes": [32, 64],
     "lm_head": [None, {"scheme": "W8A8"}],
