@@ -132,6 +132,18 @@ def checks(directory: Path) -> list[Check]:
             "bash scripts/setup_llama_cpp.sh, or put llama-server on the PATH",
         )
     )
+    torch = _torch()
+    if torch is not None and torch.cuda.is_available():
+        from compressor.numerics.kernels import c_compiler
+
+        found.append(
+            Check(
+                "C compiler",
+                c_compiler(),
+                "Triton makes GPU kernels with it; without, weights are dequantized",
+                "apt install gcc, or name one in $CC",
+            )
+        )
     library = gptqmodel_python()
     found.append(
         Check(

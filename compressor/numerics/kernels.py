@@ -18,6 +18,9 @@ inputs multiplied by its reciprocal and saturated.
 
 from __future__ import annotations
 
+import functools
+import os
+import shutil
 from importlib.util import find_spec
 
 import torch
@@ -184,7 +187,7 @@ def select(tensor: QuantizedTensor, scheme: Scheme, dtype: torch.dtype) -> Kerne
     """
     if tensor.codes.dtype != torch.int8:
         return None
-    if tensor.codes.device.type == "cuda" and find_spec("triton"):
+    if tensor.codes.device.type == "cuda" and has_triton():
         from compressor.numerics import kernels_triton
 
         return kernels_triton.select(tensor, scheme, dtype)
@@ -203,6 +206,18 @@ def select(tensor: QuantizedTensor, scheme: Scheme, dtype: torch.dtype) -> Kerne
     if weights.num_bits == 4 and group_size in _INT4_GROUPS and out % 16 == 0:
         return Int4Packed(tensor)
     return None
+
+
+def c_compiler() -> str | None:
+    """The C compiler that Triton would take (triton/runtime/build.py), or None."""
+    return os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton makes kernels here: it is installed, and there is the C compiler that it makes
+    their launchers with."""
+    return find_spec("triton") is not None and c_compiler() is not None
 
 
 def quantize_rows(

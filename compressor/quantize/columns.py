@@ -8,12 +8,10 @@ microseconds, seven a column, for some nanoseconds of work; there the whole loop
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 
 from compressor.numerics import grid
+from compressor.numerics.kernels import has_triton
 from compressor.numerics.scheme import WeightScheme
 
 
@@ -67,9 +65,3 @@ def round_columns_loop(
         errors[i] = (block[i] - value) / factor[i, i]
         if i + 1 < len(block):
             block[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None

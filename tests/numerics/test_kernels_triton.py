@@ -161,6 +161,15 @@ def test_what_has_no_kernel_is_left_to_dequantized_weights() -> None:
         assert kernels_triton.select(problem(scheme, 16, 192), scheme, dtype) is None
 
 
+def test_triton_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = kernels.has_triton.__wrapped__  # as found now, not kept
+    monkeypatch.setattr(kernels.shutil, "which", lambda _: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert not made()
+    monkeypatch.setenv("CC", "cc")
+    assert made()
+
+
 @pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
 def test_kernels_compile_for_gpus(capability: int, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
