@@ -202,34 +202,36 @@ def _targets(recipe: Recipe) -> list[Target]:
 def own_target(dtype: str) -> Target:
     """This package's own engine on this machine, where the recipe's dtype of activations may be
     ``auto``."""
+    capability = _gpu_capability()
+    return Target(
+        "transformers",
+        "cuda" if capability else "cpu",
+        capability,
+        bfloat16=dtype in ("auto", "bfloat16"),
+    )
+
+
+def _gpu_capability() -> int:
+    """Compute capability of this machine's GPU, 90 for 9.0; 0 without one."""
     import torch
 
-    bfloat16 = dtype in ("auto", "bfloat16")
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        return Target("transformers", "cuda", 10 * major + minor, bfloat16=bfloat16)
-    return Target("transformers", "cpu", bfloat16=bfloat16)
+    if not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def llama_cpp_targets() -> list[Target]:
     """llama.cpp on this machine's processor, for which ``scripts/setup_llama_cpp.sh`` builds it,
     and on its GPU, or without one on a common one."""
-    import torch
-
     cpu = replace(this_cpu(), engine="llama.cpp")
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        return [cpu, Target("llama.cpp", "cuda", 10 * major + minor)]
-    return [cpu, Target("llama.cpp", "cuda", _COMMON_GPUS[0])]
+    return [cpu, Target("llama.cpp", "cuda", _gpu_capability() or _COMMON_GPUS[0])]
 
 
 def vllm_targets() -> list[Target]:
     """vLLM on this machine; without a GPU here, also on common ones."""
-    import torch
-
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        return [Target("vllm", "cuda", 10 * major + minor)]
+    if capability := _gpu_capability():
+        return [Target("vllm", "cuda", capability)]
     return [this_cpu(), *(Target("vllm", "cuda", capability) for capability in _COMMON_GPUS)]
 
 

@@ -175,15 +175,20 @@ def _all(
     return refusal
 
 
+def _columns(scheme: Scheme, shape: LinearShape) -> int:
+    """Columns of a linear per scale."""
+    return shape.in_features if _group(scheme) == -1 else _group(scheme)
+
+
 def _int4pack(scheme: Scheme, shape: LinearShape, _: Target) -> str:
-    group = shape.in_features if _group(scheme) == -1 else _group(scheme)
+    group = _columns(scheme, shape)
     if group not in (32, 64, 128, 256):
         return f"groups of {group} columns are none of 32, 64, 128 and 256"
     return ""
 
 
 def _whole_tiles(scheme: Scheme, shape: LinearShape, _: Target) -> str:
-    group = shape.in_features if _group(scheme) == -1 else _group(scheme)
+    group = _columns(scheme, shape)
     return f"groups of {group} columns are not whole tiles of 32" if group % 32 else ""
 
 

@@ -61,9 +61,10 @@ class Candidate:
     @cached_property
     def method(self) -> str:
         """Equal for variants whose codes are found in one way, of whichever layers and groups."""
-        steps = [step.dump() for step in self.parsed.quantize]
-        for options in (options for step in steps for options in step.values() if options):
-            options.pop("group_size", None)
+        steps = [
+            [step.algorithm, step.options.model_dump(mode="json", exclude={"group_size"})]
+            for step in self.parsed.quantize
+        ]
         return json.dumps([steps, self.scheme], sort_keys=True)
 
     @cached_property
