@@ -74,11 +74,14 @@ def test_a_flipped_bit_is_found_before_the_stage_is_used(
     recipe = (directory / "recipe.yaml").read_text()
     regrouped = recipe.replace("group_size: 32", "group_size: 16")
     shortened = recipe.replace("max_tokens: 512", "max_tokens: 448")
-    # A stored file, and a recipe some of whose stages are made anew and read it.
-    for name, changed in (
-        ("tokens.npy", regrouped), ("novel.npy", regrouped), ("block-00000.safetensors", shortened),
-    ):  # fmt: skip
-        path = next(p for p in sorted(store.rglob("*")) if p.name == name)
+    # A file of the first run, and a recipe some of whose stages are made anew and read it.
+    changes = {
+        "tokens.npy": regrouped, "novel.npy": regrouped, "block-00000.safetensors": shortened,
+    }  # fmt: skip
+    files = {name: path for path in store.rglob("*") if (name := path.name) in changes}
+    assert files.keys() == changes.keys()
+    for name, path in files.items():
+        changed = changes[name]
         whole = path.read_bytes()
         flip(path, 7919)
         (directory / "recipe.yaml").write_text(changed)
