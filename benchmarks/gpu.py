@@ -4,10 +4,11 @@
         [--only device kernels products decode train quantize] [--layers 32] [--model DIRECTORY]
 
 ``kernels`` is GPTQ's column loop as a kernel and as tensor operations. ``products`` are the low-bit
-products of few rows, on weights that no cache holds. ``decode`` is the embedded engine on a model
-with random weights rounded to nearest, by scheme and batch. ``train`` are Medusa heads of its
-width, on made-up states in place of the target's. ``quantize`` writes such a model and quantizes it
-to W4A16 by GPTQ on 128 x 2048 tokens, within ``--gigabytes`` of the device's memory.
+products of few rows, on weights that no cache holds, by our kernels and, where it is installed, by
+gemlite's. ``decode`` is the embedded engine on a model with random weights rounded to nearest, by
+scheme and batch. ``train`` are Medusa heads of its width, on made-up states in place of the
+target's. ``quantize`` writes such a model and quantizes it to W4A16 by GPTQ on 128 x 2048 tokens,
+within ``--gigabytes`` of the device's memory.
 What these take does not depend on the weights' values.
 """
 
@@ -22,8 +23,9 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -142,34 +144,37 @@ def _round(function: Any, inputs: Any, scheme: Any, codes: Any, errors: Any) -> 
     function(block.clone(), factor, scale, zero, scheme, columns, codes, errors)
 
 
-def products() -> list[dict[str, Any]]:
+def products(done: Callable[[Any], None]) -> list[dict[str, Any]]:
     """Low-bit products against float64 and against reading their weights: every one goes through
-    copies of its weight that no cache holds, launched as one graph."""
-    rows = []
+    copies of its weight that no cache holds, launched as one graph. ``done`` is called after each
+    kernel with the rows so far."""
+    rows: list[dict[str, Any]] = []
     for out, columns in SHAPES:
         weight = torch.randn(out, columns, device="cuda") * 0.02
         for name, group in SCHEMES:
-            linear, exact = _linear(weight, name, group)
-            size = model_bytes(linear)
-            copies = [linear, *(copy.deepcopy(linear) for _ in range(BEYOND_CACHES // size))]
-            for count in ROWS:
-                x = torch.randn(count, columns, device="cuda").to(torch.bfloat16)
-                expected = x.double() @ exact.double().T
-                got = linear(x).double()
-                taken = _in_a_graph(functools.partial(_all, copies, x)) / len(copies)
-                rows.append(
-                    {
-                        "scheme": name,
-                        "out": out,
-                        "columns": columns,
-                        "rows": count,
-                        "kernel": getattr(linear, "kernel_name", "dense"),
-                        "error": float((got - expected).norm() / expected.norm()),
-                        "seconds": taken,
-                        "bytes_per_s": size / taken,
-                    }
-                )
-            torch.cuda.empty_cache()
+            for kernel, linear, exact in _linears(weight, name, group):
+                size = model_bytes(linear)
+                copies = [linear, *(copy.deepcopy(linear) for _ in range(BEYOND_CACHES // size))]
+                for count in ROWS:
+                    x = torch.randn(count, columns, device="cuda").to(torch.bfloat16)
+                    expected = x.double() @ exact.double().T
+                    got = linear(x).double()
+                    taken = _in_a_graph(functools.partial(_all, copies, x)) / len(copies)
+                    rows.append(
+                        {
+                            "scheme": name,
+                            "out": out,
+                            "columns": columns,
+                            "rows": count,
+                            "kernel": kernel,
+                            "error": float((got - expected).norm() / expected.norm()),
+                            "seconds": taken,
+                            "bytes_per_s": size / taken,
+                        }
+                    )
+                done(rows)
+                del copies
+                torch.cuda.empty_cache()
     return rows
 
 
@@ -178,21 +183,45 @@ def _all(linears: list[nn.Module], x: torch.Tensor) -> None:
         one(x)
 
 
-def _linear(weight: torch.Tensor, name: str, group: int | None) -> tuple[nn.Module, torch.Tensor]:
-    """A linear with the weight in a scheme, rounded to nearest, and the weight it stands for."""
+def _linears(
+    weight: torch.Tensor, name: str, group: int | None
+) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
+    """(kernel, linear, the weight it stands for): a weight in a scheme by our kernel, and by
+    gemlite's where that is installed."""
     if group is None:
         dense = nn.Linear(weight.shape[1], len(weight), bias=False, device=weight.device)
         dense.weight.data = weight.to(torch.bfloat16)
-        return dense, dense.weight.data
+        yield "dense", dense, dense.weight.data
+        return
     scheme = Scheme.parse(name, group)
     tensor = _rounded(weight, scheme)
-    linear = QuantizedLinear.from_tensor(tensor, scheme, None, kernel="auto", dtype=torch.bfloat16)
-    return linear, tensor.dequantize()
+    linear = _quantized(tensor, scheme)
+    yield linear.kernel_name, linear, tensor.dequantize()
+    if find_spec("gemlite"):
+        yield "gemlite", _gemlite(tensor, name), tensor.dequantize()
 
 
 def _rounded(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
     scale, zero = grid.fit_grid(weight.float(), scheme.weights, scale_dtype=torch.bfloat16)
     return grid.quantize(weight.float(), scale, zero, scheme.weights, None)
+
+
+def _quantized(tensor: QuantizedTensor, scheme: Scheme) -> QuantizedLinear:
+    return QuantizedLinear.from_tensor(tensor, scheme, None, kernel="auto", dtype=torch.bfloat16)
+
+
+def _gemlite(tensor: QuantizedTensor, name: str) -> nn.Module:
+    """The same product by gemlite (https://github.com/mobiusml/gemlite), which keeps weights
+    packed in Triton kernels too and tunes itself at the first products of a shape."""
+    from gemlite import helper
+
+    how: dict[str, Any] = {"device": str(tensor.codes.device), "dtype": torch.bfloat16}
+    if name == "W4A16":
+        codes = (tensor.codes.to(torch.int16) + 8).to(torch.uint8)
+        zeros = torch.full_like(tensor.scale, 8)
+        return helper.A16W4_HQQ_INT(**how).from_weights(codes, tensor.scale, zeros)
+    maker = {"W8A8": helper.A8W8_int8_dynamic, "W8A16": helper.A16W8_INT8}[name]
+    return maker(**how).from_weights(tensor.codes, scales=tensor.scale)
 
 
 def _in_a_graph(work: Callable[[], Any], repeats: int = 20) -> float:
@@ -276,10 +305,7 @@ def _random_model(layers: int, name: str, group: int | None, device: str) -> Any
     for index, block in enumerate(model.model.layers):
         for path, module in list(block.named_modules()):
             if isinstance(module, nn.Linear):
-                linear = QuantizedLinear.from_tensor(
-                    _rounded(module.weight.data, scheme), scheme, None, kernel="auto",
-                    dtype=torch.bfloat16,
-                )  # fmt: skip
+                linear = _quantized(_rounded(module.weight.data, scheme), scheme)
                 alone = path.endswith(("o_proj", "down_proj"))
                 linear.share(inputs, f"{index} {path if alone else path.split('.')[0]}")
                 block.set_submodule(path, linear)
@@ -433,9 +459,10 @@ def main() -> None:
                         facts[name] = train(best["bfloat16_flops"])
                     else:
                         facts[name] = decode(args.layers, best["copy_bytes_per_s"], keep)
+                elif name == "products":
+                    facts[name] = products(keep)
                 else:
-                    parts = {"device": device, "kernels": kernels, "products": products}
-                    facts[name] = parts[name]()
+                    facts[name] = {"device": device, "kernels": kernels}[name]()
             except Exception:
                 facts.setdefault("failed", {})[name] = traceback.format_exc()
                 print(facts["failed"][name], flush=True)
