@@ -15,6 +15,7 @@ states, once for all drafts that are compared with them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
@@ -23,11 +24,14 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from compressor.numerics.kernels import has_triton
 from compressor.speculate.options import Kind
 
 KINDS: tuple[str, ...] = get_args(Kind)
 
-CHUNK = 128  # tokens whose logits are in memory at once
+CHUNK = 128  # tokens whose logits are in memory at once, on a CPU
+_MOST = 2048  # of them, on a GPU
+_LOGITS = 1 << 26  # of a chunk, on a GPU
 _LEAST = 1e-8  # acceptance below which its logarithm is cut
 
 
@@ -95,7 +99,7 @@ def output_losses(
     *,
     scale: float = 1.0,
     softcap: float | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Losses:
     """Losses of k drafts whose logits are ``scale * states @ weights^T``, at the same n places.
 
@@ -111,7 +115,7 @@ def output_losses(
         counts: float32 [n] of each draft: how much a place counts, 0 for not at all.
         scale: of the logits.
         softcap: logits are cut smoothly as ``softcap * tanh(logits / softcap)``.
-        chunk: tokens whose logits are in memory at once.
+        chunk: tokens whose logits are in memory at once; None for what suits the device.
 
     Raises:
         ValueError: no such kind of loss.
@@ -121,6 +125,8 @@ def output_losses(
     unique = list({id(weight): weight for weight in weights}.values())
     owners = [next(i for i, w in enumerate(unique) if w is weight) for weight in weights]
     device = states[0].device.type
+    if chunk is None:
+        chunk = _chunk_size(device, max(len(weight) for weight in unique))
     job = _Job(
         target,
         kind,
@@ -227,7 +233,9 @@ def _chunk(
         counts = job.counts[k][rows] > 0
         figures[1, k] += ((logits.argmax(-1) == label) & counts).sum()
         figures[3, k] += counts.sum()
-        loss, gradient, overlap = _loss(job.kind, logits, label, wanted, mass, entropy)
+        loss, gradient, overlap = _loss_of(state.device.type)(
+            job.kind, logits, label, wanted, mass, entropy
+        )
         figures[0, k] += torch.where(counted > 0, loss * counted, 0.0).sum(dtype=torch.float64)
         if overlap is not None:
             figures[2, k] += torch.where(counts, overlap, 0.0).sum(dtype=torch.float64)
@@ -244,6 +252,22 @@ def _chunk(
             into_weight.addmm_(gradient.T, state)
         elif into_weight is not None:
             into_weight += gradient.T @ state
+
+
+def _chunk_size(device: str, vocabulary: int) -> int:
+    """Tokens of a chunk: on a GPU so many that its products are worth launching."""
+    if device == "cpu":
+        return CHUNK
+    return max(CHUNK, min(_MOST, _LOGITS // vocabulary))
+
+
+@functools.cache
+def _loss_of(device: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """`_loss`; on a GPU compiled, since its operations take as long as going over the logits does,
+    and there are up to eight of them."""
+    if device == "cuda" and has_triton():
+        return torch.compile(_loss, fullgraph=True)
+    return _loss
 
 
 def _loss(

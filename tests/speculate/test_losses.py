@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from compressor.speculate import losses
 from compressor.speculate.losses import (
     KINDS,
     Target,
@@ -108,6 +109,34 @@ def test_the_chunk_is_no_matter(kind: str) -> None:
     ]
     for total in totals[1:]:
         torch.testing.assert_close(total, totals[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_compiled_as_on_a_gpu_they_are_the_same(
+    kind: str, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One graph without breaks, which overwrites the logits as the function does; the code that a
+    GPU would run is not made here."""
+    found = []
+    compiled = torch.compile(losses._loss, fullgraph=True, backend="aot_eager")
+    for function in (losses._loss, compiled):
+        monkeypatch.setattr(losses, "_loss_of", lambda device, function=function: function)
+        state = random(PLACES, WIDTH, seed=4).requires_grad_()
+        weight = random(VOCABULARY, WIDTH, seed=8).requires_grad_()
+        made = output_losses(
+            [state], [weight], target(None), kind, [torch.ones(PLACES)], softcap=softcap, chunk=4
+        )
+        made.total.backward()
+        found.append((made.total, made.overlap, state.grad, weight.grad))
+    for eager, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, eager)
+
+
+def test_chunks_on_a_gpu_are_larger_and_of_one_size_of_logits() -> None:
+    sizes = {v: losses._chunk_size("cuda", v) for v in (1000, 32768, 131072, 1 << 24)}
+    assert sizes == {1000: 2048, 32768: 2048, 131072: 512, 1 << 24: losses.CHUNK}
+    assert losses._chunk_size("cpu", 1000) == losses.CHUNK
 
 
 @pytest.mark.parametrize("kind", ["kl", "total_variation", "lk"])
