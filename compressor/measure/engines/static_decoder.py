@@ -2,17 +2,22 @@
 
 A step of a small or quantized model has hundreds of kernels that each take a few microseconds:
 launched one by one, they wait for Python. A graph launches them at once. What it reads and writes
-are the same tensors each time: the tokens, the mask, and a key-value cache of a fixed length.
+are the same tensors each time: the tokens, the mask, and a key-value cache of a fixed length. The
+small operations between a block's products are compiled for the capture (`fusion`).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import StaticCache
+
+from compressor.measure.engines.fusion import fused
+from compressor.numerics.kernels import has_triton
 
 _WARM_UP = 2  # steps before one is captured: libraries choose kernels and take memory in the first
 
@@ -31,7 +36,8 @@ class StaticDecoder:
         last_logit_only: keywords that have the model compute the last position's logits alone.
 
     Attributes:
-        launch: ``CUDA graph``, or why steps are not replayed.
+        launch: ``CUDA graph`` and whether its small operations are compiled, or why steps are not
+            replayed.
     """
 
     def __init__(
@@ -103,17 +109,21 @@ class StaticDecoder:
             return f"no graphs on {device.type}"
         if any(getattr(layer, "is_sliding", True) for layer in self._cache.layers):
             return "no graph: the cache has sliding windows"
+        ids = torch.zeros(self.batch, 2, dtype=torch.long, device=device)
         try:
-            return self._capture()
+            self.begin(ids, torch.ones_like(ids))  # the cache gets its memory here
+            if has_triton():
+                with contextlib.suppress(RuntimeError), fused(self._model):
+                    return self._capture("CUDA graph, small operations compiled")
+                torch.cuda.synchronize()
+            return self._capture("CUDA graph")
         except RuntimeError as error:
             self._graph = None
             torch.cuda.synchronize()
             return f"no graph: {str(error).splitlines()[0]}"
 
     @torch.inference_mode()
-    def _capture(self) -> str:
-        ids = torch.zeros(self.batch, 2, dtype=torch.long, device=self._ids.device)
-        self.begin(ids, torch.ones_like(ids))  # the cache gets its memory here
+    def _capture(self, launch: str) -> str:
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -130,7 +140,7 @@ class StaticDecoder:
         with torch.cuda.stream(current), torch.cuda.graph(graph):
             self._step()
         self._graph = graph
-        return "CUDA graph"
+        return launch
 
 
 class StaticDecoders:
