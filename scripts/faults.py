@@ -39,7 +39,7 @@ from compressor.doctor import cpu_name
 from tests import tiny
 from tests.faults.conftest import SMALL, WHOLE, Undisturbed, project
 from tests.faults.fuzzing import TARGETS
-from tests.faults.runs import NOBODY, Zygote, let_nobody_read, small_disk, stored
+from tests.faults.runs import NOBODY, let_nobody_read, new_zygote, small_disk, stored
 from tests.faults.test_disk import flip
 from tests.faults.test_kills import die_at_every_point, die_at_random
 from tests.projects import write
@@ -89,7 +89,7 @@ class Faults:
     def __init__(self, scratch: Path, random: int, fuzz: int, requests: int) -> None:
         self.scratch, self.random, self.fuzz_count = scratch, random, fuzz
         self.requests = requests
-        self.zygote = Zygote()
+        self.zygote = new_zygote()
         self.whole = Undisturbed(self.zygote, scratch / "undisturbed", WHOLE)
         started = time.monotonic()  # again, now that all is imported
         self.finish(self.new())
@@ -140,7 +140,7 @@ class Faults:
         return [row("wall clock that jumps at each look", 3, "same hashes")]
 
     def together(self) -> list[Row]:
-        other = Zygote()
+        other = new_zygote()
         for number in range(8):
             directory, codes = self.new(), []
             thread = threading.Thread(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tests.zygote import Zygote
 
 ENVIRONMENT = {
     **os.environ,
@@ -40,15 +45,38 @@ def write(project: Path, recipe: dict[str, Any]) -> Path:
     return path
 
 
-def compress(project: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "compressor", *(arguments or ("run", "recipe.yaml"))],
-        cwd=project,
-        env=ENVIRONMENT | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+@functools.cache
+def _zygote() -> Zygote:
+    made = Zygote(ENVIRONMENT)
+    atexit.register(made.close)
+    return made
+
+
+def compress(
+    project: Path, *arguments: str, fresh: bool = False, **environment: str
+) -> subprocess.CompletedProcess:
+    """What ``compress ARGUMENTS`` (``run recipe.yaml``) does in a directory.
+
+    Args:
+        project: the directory.
+        arguments: of the command line.
+        fresh: in an interpreter of its own, not in a fork of one that has everything imported.
+        environment: variables; with ``fresh`` also those that libraries read when imported.
+    """
+    arguments = arguments or ("run", "recipe.yaml")
+    command = [sys.executable, "-m", "compressor", *arguments]
+    if fresh:
+        return subprocess.run(
+            command, cwd=project, env=ENVIRONMENT | environment, capture_output=True, text=True,
+            timeout=300,
+        )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        errors = Path(scratch) / "errors"
+        code, printed = _zygote().run(
+            project, *arguments, output=Path(scratch) / "output", errors=errors,
+            environment=environment,
+        )  # fmt: skip
+        return subprocess.CompletedProcess(command, code, printed, errors.read_text())
 
 
 def artifacts(project: Path) -> dict[str, str]:

@@ -120,7 +120,8 @@ def test_a_failed_variant_leaves_the_others_and_equal_stages_are_made_once(proje
 def test_a_cluster_makes_the_same_bytes_and_survives_a_lost_worker(project: Path) -> None:
     pytest.importorskip("ray")
     threads = {"OMP_NUM_THREADS": "1", "RAY_DISABLE_MEMORY_MONITOR": "1"}
-    assert compress(project, "run", "recipe.yaml", "--store", "local", **threads).returncode == 0
+    done = compress(project, "run", "recipe.yaml", "--store", "local", fresh=True, **threads)
+    assert done.returncode == 0
     process = subprocess.Popen(
         [sys.executable, "-m", "compressor", "run", "recipe.yaml", "--store", "spread",
          "--on", "ray"],

@@ -10,8 +10,9 @@ import pytest
 
 from compressor.export.artifact import PROVENANCE, SUMS
 from tests import tiny
-from tests.faults.runs import Zygote, stored
+from tests.faults.runs import new_zygote, stored
 from tests.projects import RECIPE, artifacts, write
+from tests.zygote import Zygote
 
 # Every kind of stage that needs no server.
 WHOLE: dict[str, Any] = {
@@ -46,7 +47,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
-    made = Zygote()
+    made = new_zygote()
     yield made
     made.close()
 

@@ -3,56 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from compressor.store import Store
 from tests.projects import ENVIRONMENT
+from tests.zygote import Zygote
 
 NOBODY = 65534  # a user that owns nothing
 TIMED = ("measure", "accept", "served")  # kinds of stages whose files hold times
 
 
-class Zygote:
-    """Forks runs off a process that has everything imported."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.zygote"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parent.parent.parent,
-            env=ENVIRONMENT | {"OMP_NUM_THREADS": "1", "COMPRESSOR_CHECKPOINT_SECONDS": "0"},
-        )
-
-    def run(self, directory: Path, *arguments: str, **job: Any) -> tuple[int, str]:
-        """(exit code, what it printed) of ``compress ARGUMENTS`` in a directory; negative codes are
-        signals. See `zygote` for what a job may hold."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        output = directory / f"printed-{self.process.pid}"
-        request = {
-            "directory": str(directory),
-            "output": str(output),
-            "arguments": list(arguments or ("run", "recipe.yaml")),
-            **{key: str(value) if isinstance(value, Path) else value for key, value in job.items()},
-        }
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        assert answer, "the zygote died"
-        return json.loads(answer)["code"], output.read_text(encoding="utf-8", errors="replace")
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(30)
+def new_zygote() -> Zygote:
+    """One whose runs leave a checkpoint at every occasion."""
+    return Zygote(ENVIRONMENT | {"OMP_NUM_THREADS": "1", "COMPRESSOR_CHECKPOINT_SECONDS": "0"})
 
 
 def stored(directory: Path) -> dict[str, dict[str, str]]:

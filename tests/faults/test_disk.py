@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Undisturbed, project
-from tests.faults.runs import NOBODY, Zygote, let_nobody_read, small_disk, stored
+from tests.faults.runs import NOBODY, let_nobody_read, small_disk, stored
 from tests.projects import artifacts
+from tests.zygote import Zygote
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.faults.conftest import SMALL
-from tests.faults.runs import Zygote
 from tests.projects import report, write
+from tests.zygote import Zygote
 
 WEIGHTS = "model.safetensors"
 

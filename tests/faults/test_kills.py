@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Undisturbed, project
-from tests.faults.runs import Zygote, killed, stored
-from tests.faults.zygote import PUBLISHING
+from tests.faults.runs import killed, new_zygote, stored
+from tests.zygote import PUBLISHING, Zygote
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -90,7 +90,7 @@ def test_the_clock_may_jump(
 def test_two_runs_at_once_on_one_store(zygote: Zygote, small: Undisturbed, tmp_path: Path) -> None:
     """Each stage is made once; the other run waits for it and uses it."""
     directory = project(tmp_path, small.recipe)
-    other, codes = Zygote(), []
+    other, codes = new_zygote(), []
     try:
         thread = threading.Thread(target=lambda: codes.append(other.run(directory)))
         thread.start()

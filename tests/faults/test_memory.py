@@ -9,8 +9,8 @@ import pytest
 
 from tests import tiny
 from tests.faults.conftest import SMALL
-from tests.faults.runs import Zygote
 from tests.projects import report, write
+from tests.zygote import Zygote
 
 WIDE = 4096  # what an MLP holds of a whole batch between its linears takes 268 MB, three times over
 RECIPE: dict[str, Any] = {

@@ -1,9 +1,8 @@
-"""Runs of the command line that meet a fault where they are told to.
+"""Runs of the command line without the seconds that a new interpreter takes to import everything,
+and which meet a fault where they are told to.
 
-    python -m tests.faults.zygote
-
-Imports everything once and forks for each job, so that hundreds of runs take minutes. Jobs and what
-became of them are lines of JSON on stdin and stdout (`tests.faults.runs` writes and reads them).
+`Zygote` starts ``python -m tests.zygote``, which imports everything once and forks for each job.
+Jobs and what became of them are lines of JSON on its stdin and stdout.
 """
 
 from __future__ import annotations
@@ -14,14 +13,65 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 # What makes a file appear under its name: the places where a run can be half done.
 PUBLISHING = ("rename", "replace", "link")
+
+
+class Zygote:
+    """Forks runs off a process that has everything imported.
+
+    Args:
+        environment: of all of them; what libraries read when they are imported is settled by it.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.zygote"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+            env=environment,
+        )
+
+    def run(self, directory: Path, *arguments: str, **job: Any) -> tuple[int, str]:
+        """(exit code, what it printed) of ``compress ARGUMENTS`` in a directory; negative codes are
+        signals.
+
+        Args:
+            directory: where it runs.
+            arguments: ``run recipe.yaml`` where there are none.
+            job: ``output``, a file for what it prints; ``errors``, one for what it prints as
+                errors, which are among the rest else; ``environment``, variables beside those of
+                all; ``uid``, who runs it; ``after`` so many seconds a ``signal`` (SIGKILL);
+                ``limit`` [s], after which it is killed; ``points``, ``calls``, ``memory`` and
+                ``clock``: see the functions below.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        output = job.pop("output", directory / f"printed-{self.process.pid}")
+        request = {
+            "directory": str(directory),
+            "output": str(output),
+            "arguments": list(arguments or ("run", "recipe.yaml")),
+            **{key: str(value) if isinstance(value, Path) else value for key, value in job.items()},
+        }
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, "the zygote died"
+        return json.loads(answer)["code"], output.read_text(encoding="utf-8", errors="replace")
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
 
 
 def main() -> None:
@@ -81,9 +131,11 @@ def _child(job: dict[str, Any], names: int) -> None:
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
         os.chdir(job["directory"])
-        output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream in (1, 2):
-            os.dup2(output, stream)
+        os.environ.update(job.get("environment", {}))
+        output = _opened(job["output"])
+        errors = _opened(job["errors"]) if "errors" in job else output
+        os.dup2(output, 1)
+        os.dup2(errors, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         if "uid" in job:
             os.setgroups([])
@@ -111,6 +163,10 @@ def _child(job: dict[str, Any], names: int) -> None:
             new = [name for name in list(sys.modules) if name not in before]
             os.write(names, "\n".join(new).encode()[: 1 << 15])  # a pipe holds more than that
         os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def _opened(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
 
 def _die_at_a_new_point(seen: Path, calls: Sequence[str]) -> None:
