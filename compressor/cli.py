@@ -567,10 +567,11 @@ def report(
     from compressor.publish.complete import complete_artifacts
     from compressor.record import EXPORTS, MANIFEST, write_manifest
     from compressor.report.comparison import report_file
+    from compressor.report.read import read_report
     from compressor.report.samples import add_from_run
     from compressor.report.terminal import closing
     from compressor.report.verdict import make_verdict
-    from compressor.report.write import read_report, write_report
+    from compressor.report.write import write_report
 
     path = report_file(run_dir)
     content = read_report(path)
@@ -714,7 +715,7 @@ def _write_comparison(runs: Sequence[Path], output: Path, as_json: bool) -> None
 def _have_common(runs: Sequence[Path]) -> bool:
     """Whether two runs have a variant in common, beside the baselines of two recipes."""
     from compressor.report.comparison import report_file
-    from compressor.report.write import read_report
+    from compressor.report.read import read_report
 
     one, other = (read_report(report_file(run)) for run in runs)
     return one["recipe"]["name"] == other["recipe"]["name"]

@@ -22,7 +22,7 @@ from compressor import record
 from compressor.errors import RecipeError, RunError
 from compressor.quality import task_results
 from compressor.report import figures
-from compressor.report.write import read_report
+from compressor.report.read import read_report
 from compressor.store import write_atomic
 
 QUALITY, COST, SIZE, GATE = "quality", "cost", "size", "gate"

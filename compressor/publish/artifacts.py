@@ -174,7 +174,7 @@ def read_artifacts(run_dir: Path, report: Mapping[str, Any] | None = None) -> li
     Raises:
         RunError: it is no run, or a file of it cannot be read.
     """
-    from compressor.report.write import read_report
+    from compressor.report.read import read_report
 
     stages: Sequence[Mapping[str, Any]] = record.read_json(run_dir, record.STAGES)
     run, lock = record.read_json(run_dir, record.RUN), record.read_lock(run_dir)

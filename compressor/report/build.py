@@ -6,13 +6,11 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import ValidationError
-
-from compressor.errors import RunError
 from compressor.measure import scenarios
 from compressor.measure.engines.base import RequestSample
 from compressor.report.estimate import report_estimates
-from compressor.report.model import SCHEMA_VERSION, ReportModel
+from compressor.report.model import SCHEMA_VERSION
+from compressor.report.read import validate_report
 from compressor.report.samples import add_samples
 from compressor.report.verdict import (
     QUALITY_LIMIT,
@@ -20,22 +18,6 @@ from compressor.report.verdict import (
     make_verdict,
     row_at,
 )
-
-
-def validate_report(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The report in normal form (every key present, plain JSON types); RunError if it is wrong."""
-    try:
-        return ReportModel.model_validate(report).model_dump(mode="json")
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:8]
-        )
-        raise RunError(
-            f"the report's figures do not fit its schema ({error.error_count()} problems): "
-            f"{problems}",
-            where="report",
-            fix="the report was written by another version or altered; run the recipe again",
-        ) from error
 
 
 def _fill_changes(variants: Sequence[dict[str, Any]], baseline: str) -> None:

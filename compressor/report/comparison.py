@@ -27,10 +27,11 @@ from compressor.report.html import render_page
 from compressor.report.markdown import escape, table_markdown
 from compressor.report.model import Interval, Strict
 from compressor.report.plots import BASE, COLOURS, GRID, MARKERS, STYLE, Plot, frontier, render
+from compressor.report.read import read_report
 from compressor.report.table import Table
 from compressor.report.tables import method
 from compressor.report.verdict import row_at, worst_quality
-from compressor.report.write import read_report, write_files
+from compressor.report.write import write_files
 
 _LOG_FROM = 8.0  # largest cost / smallest, from which the axis is logarithmic
 _LABELS = {"bits_per_byte": "bits per byte", "perplexity_change": "perplexity change [%]"}

@@ -49,7 +49,7 @@ def compare_run(run_dir: Path, device: Device | None = None) -> roofline.Compari
     Raises RunError when the run holds no measured points, or does not say what it ran on.
     """
     from compressor.record import LEDGER, read_json
-    from compressor.report.write import read_report
+    from compressor.report.read import read_report
 
     report = read_report(run_dir / "report" / "report.json")
     if not any(variant["performance"] for variant in report["variants"]):

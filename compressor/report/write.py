@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import RunError
-from compressor.report.build import validate_report
 from compressor.report.curves import latency_plot
 from compressor.report.heatmap import allocation_plot, error_plot
 from compressor.report.html import render_html
 from compressor.report.markdown import render_markdown
 from compressor.report.plots import Plot, quality_cost_plot
+from compressor.report.read import validate_report
 from compressor.report.speculation_plots import acceptance_plot, training_plot
 from compressor.report.waterfall import waterfall_plot
 
@@ -76,16 +76,3 @@ def write_files(contents: Mapping[str, bytes | None], directory: Path) -> list[P
             fix="check the free space and the permissions of the output directory",
         ) from error
     return [directory / name for name, data in contents.items() if data is not None]
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """A `report.json` again, checked; RunError when it cannot be read or does not fit."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"the report cannot be read: {error}",
-            where=str(path),
-            fix="name a run directory that holds report/report.json",
-        ) from error
-    return validate_report(data)

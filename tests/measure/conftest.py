@@ -34,7 +34,7 @@ def llama(layers: int) -> Callable[[torch.dtype], nn.Module]:
     return load
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {"[UNK]": 0} | {word: index + 1 for index, word in enumerate(SENTENCE.split())}
     words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
@@ -42,11 +42,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def loaders() -> dict[str, Callable[[torch.dtype], nn.Module]]:
     return {"baseline": llama(4), "small": llama(1)}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def prompts() -> list[str]:
     return ["the quick brown fox", "seven wise owls watch a lazy dog", "dog jumps over the fox"]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,9 +50,21 @@ def measure(
     return measure_candidates(variants, workload, settings, out_dir, *args, **options)
 
 
+@pytest.fixture(scope="module")
+def measured_once(
+    loaders: Any, tokenizer: Any, prompts: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
+    path = tmp_path_factory.mktemp("measured")
+    options = {"artifact_bytes": {"small": 1000}}
+    return measure(loaders, tokenizer, prompts, FAST, path, **options), path
+
+
 @pytest.fixture
-def measured(loaders: Any, tokenizer: Any, prompts: Any, tmp_path: Path) -> dict[str, Any]:
-    return measure(loaders, tokenizer, prompts, FAST, tmp_path, artifact_bytes={"small": 1000})
+def measured(measured_once: tuple[dict[str, Any], Path], tmp_path: Path) -> dict[str, Any]:
+    """A measurement whose files lie in the test's own directory."""
+    record, path = measured_once
+    shutil.copytree(path, tmp_path, dirs_exist_ok=True)
+    return copy.deepcopy(record)
 
 
 def test_every_point_of_every_variant_is_reported(measured: dict[str, Any]) -> None:

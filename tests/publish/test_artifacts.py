@@ -21,7 +21,7 @@ from compressor.publish.card import metadata, render, restrictions
 from compressor.publish.complete import complete_artifacts
 from compressor.record import write_manifest
 from compressor.report import figures
-from compressor.report.write import read_report
+from compressor.report.read import read_report
 from compressor.verify import verify
 from tests.edits import named
 from tests.publish.conftest import LICENCE

@@ -13,8 +13,9 @@ import pytest
 from compressor.measure import metrics
 from compressor.report.build import build_report
 from compressor.report.plots import plotted_text
+from compressor.report.read import read_report
 from compressor.report.verdict import comparable
-from compressor.report.write import read_report, write_report
+from compressor.report.write import write_report
 from tests.report.browser import Watched, started
 from tests.report.sample import full_inputs, requests
 

@@ -15,8 +15,9 @@ from compressor.report.curves import latency_plot
 from compressor.report.html import render_html
 from compressor.report.markdown import escape, render_markdown
 from compressor.report.plots import quality_cost_plot
+from compressor.report.read import read_report
 from compressor.report.terminal import closing, closing_table
-from compressor.report.write import read_report, write_report
+from compressor.report.write import write_report
 
 PLOTS = ("quality_cost", "latency", "errors")
 FILES = {"index.html", "report.md", "report.json"} | {
