@@ -1,10 +1,10 @@
 """Fewer kernels in a decode step: a model's small operations compiled while the step is captured.
 
-A block's norms, rotary embedding and gate are some thirty operations on a few kilobytes each. On a
-GPU each is a kernel of two microseconds, in all more than a quantized block's weights take to be
-read. Compiled (torch.compile) they are five kernels. The model's large products stay as they are,
-so that compiling takes seconds and is done once for all blocks. What is replaced is put back at the
-end: a CUDA graph keeps the kernels that it was captured with.
+A block's norms, rotary embedding and gate are some thirty operations on a few kilobytes each: on a
+GPU as many kernels, which weigh beside products that only have to read four bits a weight. Compiled
+(torch.compile) they are a handful. The model's products stay as they are, so that little is
+compiled, once for all blocks. What is replaced is put back at the end: a CUDA graph keeps the
+kernels that it was captured with.
 """
 
 from __future__ import annotations
