@@ -69,6 +69,14 @@ def _tile(group_size: int) -> int | None:
     return next((tile for tile in _TILES if group_size % tile == 0), None)
 
 
+def _groups(tensor: QuantizedTensor) -> tuple[int, int]:
+    """Columns of a group, and of a step within one."""
+    group_size = tensor.codes.shape[1] // tensor.scale.shape[1]
+    tile = _tile(group_size)
+    assert tile is not None, "see `select`"
+    return group_size, tile
+
+
 class Int4(kernels.Kernel):
     """4-bit weights in groups, bfloat16 activations; zero points and ordered columns too."""
 
@@ -85,11 +93,8 @@ class Int4(kernels.Kernel):
             order = torch.argsort(tensor.g_idx, stable=True).to(torch.int32)
             codes = codes[:, order]
         self.out, self.columns = codes.shape
-        self.group_size = self.columns // tensor.scale.shape[1]
-        tile = _tile(self.group_size)
-        assert tile is not None, "see `select`"
-        self.tile = tile
-        halves = (codes.to(torch.int16) + 8).to(torch.uint8).view(self.out, -1, 2, tile // 2)
+        self.group_size, self.tile = _groups(tensor)
+        halves = (codes.to(torch.int16) + 8).to(torch.uint8).view(self.out, -1, 2, self.tile // 2)
         packed = (halves[:, :, 0] | (halves[:, :, 1] << 4)).transpose(0, 1).contiguous()
         self.register_buffer("packed", packed)  # [columns / tile, out, tile / 2]
         self.register_buffer("scale", _scales(tensor.scale))  # [groups, out]
@@ -130,11 +135,7 @@ class Int8WeightOnly(kernels.Kernel):
 
     def __init__(self, tensor: QuantizedTensor) -> None:
         super().__init__()
-        self.columns = tensor.codes.shape[1]
-        self.group_size = self.columns // tensor.scale.shape[1]
-        tile = _tile(self.group_size)
-        assert tile is not None, "see `select`"
-        self.tile = tile
+        self.group_size, self.tile = _groups(tensor)
         self.register_buffer("codes", tensor.codes.contiguous())
         self.register_buffer("scale", _scales(tensor.scale))
 
