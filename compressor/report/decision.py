@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressor.report import figures
+from compressor.report.optimise import limits
 from compressor.report.verdict import (
     certainly_cheaper,
     comparable,
@@ -33,9 +34,14 @@ def answers(report: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def _deploy(report: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[str]:
-    verdict, name = report["verdict"], chosen["name"]
+    verdict, name, search = report["verdict"], chosen["name"], report["optimise"]
     limit = f"{100 * verdict['quality_limit']:g}%"
-    if verdict["outcome"] == "gain":
+    if search and search["chosen"] == name:
+        lines = [
+            f"{name}: what the search chose of {search['candidates']} candidates for its "
+            f"{search['minimise']}, within {limits(search)}."
+        ]
+    elif verdict["outcome"] == "gain":
         words = f"{name}: of the variants that keep quality within {limit} it is the cheapest"
         rivals = [
             v["name"] for v in report["variants"] if v["name"] not in (name, report["baseline"])

@@ -34,7 +34,8 @@ def _loss(value: float | None) -> str:
     return percent(value, 2, signed=True)
 
 
-def _limits(found: Mapping[str, Any]) -> str:
+def limits(found: Mapping[str, Any]) -> str:
+    """What a search had to keep to, such as ``perplexity 0.01``."""
     return ", ".join(f"{name} {limit:g}" for name, limit in found["limits"].items())
 
 
@@ -63,7 +64,7 @@ def _finalists(found: Mapping[str, Any]) -> Table:
             for one in found["finalists"]
         ),
         text_columns=2,
-        note=f"{found['sentence']} Minimised: {found['minimise']}{at}, within {_limits(found)} "
+        note=f"{found['sentence']} Minimised: {found['minimise']}{at}, within {limits(found)} "
         f"(decided on the {found['decide_on']}). Baseline: "
         f"{_objective(found, found['baseline_objective'])}. Finalists were evaluated anew on texts "
         "that the search had not seen, and measured together on other prompts.",

@@ -134,10 +134,16 @@ def make_verdict(report: Mapping[str, Any], limit: float = QUALITY_LIMIT) -> dic
     every text, the interval's upper end counted where there is one, which have no significant loss
     beyond it on another axis and passed the gate. Where none of the cheaper variants stays within
     it, the sentence is about the one that loses least.
+
+    Where a search chose among the variants, its choice is the best one, and its limit counts.
     """
+    search = report["optimise"]
+    if search:
+        limit = search["limits"].get("perplexity", limit)
     candidates = [v for v in report["variants"] if v["name"] != report["baseline"]]
     concurrency = headline_concurrency(report)
     alive = [variant for variant in candidates if variant["status"] == "ok"]
+    chosen = next((v for v in alive if search and v["name"] == search["chosen"]), None)
     verdict: dict[str, Any] = {
         "details": [_sentence_of(variant, concurrency) for variant in candidates],
         "best_variant": None,
@@ -164,6 +170,13 @@ def make_verdict(report: Mapping[str, Any], limit: float = QUALITY_LIMIT) -> dic
         )
     elif not alive:
         outcome, sentence = "failed", "No variant succeeded; the baseline stands alone."
+    elif search and search["chosen"] is None:
+        outcome = "unmeasured" if concurrency is None else "no-gain"
+        sentence = search["sentence"]
+    elif chosen:
+        verdict["best_variant"] = chosen["name"]
+        outcome = "unmeasured" if concurrency is None else "gain"
+        sentence = f"{_claim(chosen, concurrency)}: what the search chose within its limits."
     elif both:
         best = max(both, key=gain)
         verdict["best_variant"] = best["name"]

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from compressor.optimise.record import ProxyErrors, SearchRecord
 from compressor.report.build import build_report
 
 PERFORMANCE = {
@@ -42,7 +43,7 @@ def candidate(
     return {"name": name, "status": "ok", "quality": quality, "performance": rows} | extra
 
 
-def verdict(*candidates: dict[str, Any], measured: bool = True) -> dict[str, Any]:
+def verdict(*candidates: dict[str, Any], measured: bool = True, **sections: Any) -> dict[str, Any]:
     rows = [point(1, 3.0, (1.0, None, None)), point(4, 1.0, (1.0, None, None))]
     baseline = {
         "name": "baseline",
@@ -58,8 +59,19 @@ def verdict(*candidates: dict[str, Any], measured: bool = True) -> dict[str, Any
         environment={},
         model={"source": "m"},
         variants=[baseline, *candidates],
+        **sections,
     )
     return report["verdict"]
+
+
+def search(chosen: str | None, limit: float) -> dict[str, Any]:
+    return SearchRecord(
+        minimise="cost", unit="USD per million output tokens", concurrency=4,
+        limits={"perplexity": limit}, decide_on="bound", seed=0, candidates=2, excluded={},
+        untried=0, stopped="nothing else can win", seconds=1.0, chosen=chosen,
+        sentence="Deploy what it chose.", baseline_objective=1.0, trials=[], frontier=[],
+        finalists=[], errors=ProxyErrors(**dict.fromkeys(ProxyErrors.model_fields)),
+    ).model_dump()  # fmt: skip
 
 
 def test_certain_gain_within_the_limit() -> None:
@@ -117,6 +129,23 @@ def test_best_is_the_largest_certain_gain_of_those_that_keep_quality() -> None:
     )
     assert found["best_variant"] == "sure"
     assert len(found["details"]) == 3
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_what_a_search_chose_is_the_best(measured: bool) -> None:
+    surest = candidate("surest", (1.5, 1.4, 1.6) if measured else None, 0.001)
+    cheapest = candidate("cheapest", (1.6, 1.3, 1.9) if measured else None, 0.015)
+    found = verdict(surest, cheapest, measured=measured, optimise=search("cheapest", 0.02))
+    assert found["best_variant"] == "cheapest" and found["quality_limit"] == 0.02
+    assert found["outcome"] == ("gain" if measured else "unmeasured")
+    assert found["sentence"].startswith("With cheapest ")
+    assert found["sentence"].endswith("what the search chose within its limits.")
+    found = verdict(surest, measured=measured, optimise=search(None, 0.0001))
+    assert found["best_variant"] is None and found["sentence"] == "Deploy what it chose."
+    assert found["outcome"] == ("no-gain" if measured else "unmeasured")
+    # A record that was altered names what is not there.
+    found = verdict(surest, measured=measured, optimise=search("nobody", 0.02))
+    assert found["outcome"] == ("gain" if measured else "unmeasured")
 
 
 def test_cheaper_without_quality_figures_is_not_called_equal() -> None:
