@@ -153,29 +153,28 @@ def products(done: Callable[[Any], None]) -> list[dict[str, Any]]:
         weight = torch.randn(out, columns, device="cuda") * 0.02
         for name, group in SCHEMES:
             for kernel, linear, exact in _linears(weight, name, group):
-                size = model_bytes(linear)
-                copies = [linear, *(copy.deepcopy(linear) for _ in range(BEYOND_CACHES // size))]
-                for count in ROWS:
-                    x = torch.randn(count, columns, device="cuda").to(torch.bfloat16)
-                    expected = x.double() @ exact.double().T
-                    got = linear(x).double()
-                    taken = _in_a_graph(functools.partial(_all, copies, x)) / len(copies)
-                    rows.append(
-                        {
-                            "scheme": name,
-                            "out": out,
-                            "columns": columns,
-                            "rows": count,
-                            "kernel": kernel,
-                            "error": float((got - expected).norm() / expected.norm()),
-                            "seconds": taken,
-                            "bytes_per_s": size / taken,
-                        }
-                    )
+                facts = {"scheme": name, "out": out, "columns": columns, "kernel": kernel}
+                rows += [facts | found for found in _products(linear, exact)]
                 done(rows)
-                del copies
                 torch.cuda.empty_cache()
     return rows
+
+
+def _products(linear: nn.Module, exact: torch.Tensor) -> Iterator[dict[str, Any]]:
+    """By rows: error and time of one linear, whose exact weight is given."""
+    size = model_bytes(linear)
+    copies = [linear, *(copy.deepcopy(linear) for _ in range(BEYOND_CACHES // size))]
+    for count in ROWS:
+        x = torch.randn(count, exact.shape[1], device="cuda").to(torch.bfloat16)
+        expected = x.double() @ exact.double().T
+        got = linear(x).double()
+        taken = _in_a_graph(functools.partial(_all, copies, x)) / len(copies)
+        yield {
+            "rows": count,
+            "error": float((got - expected).norm() / expected.norm()),
+            "seconds": taken,
+            "bytes_per_s": size / taken,
+        }
 
 
 def _all(linears: list[nn.Module], x: torch.Tensor) -> None:
@@ -195,10 +194,10 @@ def _linears(
         return
     scheme = Scheme.parse(name, group)
     tensor = _rounded(weight, scheme)
-    linear = _quantized(tensor, scheme)
-    yield linear.kernel_name, linear, tensor.dequantize()
+    exact, linear = tensor.dequantize(), _quantized(tensor, scheme)
+    yield linear.kernel_name, linear, exact
     if find_spec("gemlite"):
-        yield "gemlite", _gemlite(tensor, name), tensor.dequantize()
+        yield "gemlite", _gemlite(tensor, name), exact
 
 
 def _rounded(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:

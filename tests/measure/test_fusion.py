@@ -9,16 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
 
 from compressor.measure.engines.fusion import fused
 from compressor.measure.engines.static_decoder import StaticDecoder
-from compressor.numerics import grid
 from compressor.numerics.linear import QuantizedLinear, SharedInputs
-from compressor.numerics.scheme import Scheme
-from tests import tiny
 from tests.measure.test_static_decoder import LAST, tokens
+from tests.speculate.decoders import load
 
 BLOCKS = 2
 
@@ -49,11 +45,6 @@ def compiler() -> Compiler:
     return Compiler()
 
 
-def build(arch: str, directory: Path) -> Any:
-    tiny.build(arch, directory)
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-
-
 @pytest.mark.parametrize(
     ("arch", "norms", "rotary", "gates"),
     [
@@ -67,7 +58,7 @@ def build(arch: str, directory: Path) -> Any:
 def test_a_step_is_the_same_in_fewer_pieces(
     arch: str, norms: int, rotary: int, gates: int, compiler: Compiler, tmp_path: Path
 ) -> None:
-    model = build(arch, tmp_path)
+    model = load(tmp_path, arch)
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     with torch.inference_mode():
         expected = model(input_ids=ids).logits
@@ -85,7 +76,7 @@ def test_a_step_is_the_same_in_fewer_pieces(
 
 
 def test_blocks_share_what_was_compiled(compiler: Compiler, tmp_path: Path) -> None:
-    model = build("llama", tmp_path)
+    model = load(tmp_path)
     with torch.inference_mode(), fused(model, compiler):
         model(input_ids=torch.tensor([[1, 2, 3]]))
     assert len(compiler.graphs) == 3  # a norm, a rotary embedding, a gate
@@ -93,17 +84,10 @@ def test_blocks_share_what_was_compiled(compiler: Compiler, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["W8A8", "W4A16"])
 def test_quantized_products_stay_whole(name: str, compiler: Compiler, tmp_path: Path) -> None:
-    model, shared = build("llama", tmp_path), SharedInputs()
-    scheme = Scheme.parse(name, -1 if name == "W8A8" else 16)
-    for index, block in enumerate(model.model.layers):
-        for path, linear in list(block.named_modules()):
-            if isinstance(linear, nn.Linear):
-                weight = linear.weight.data
-                scale, zero = grid.fit_grid(weight, scheme.weights, scale_dtype=torch.float32)
-                tensor = grid.quantize(weight, scale, zero, scheme.weights, None)
-                made = QuantizedLinear.from_tensor(tensor, scheme, None, kernel="auto")
-                made.share(shared, f"{index} {path.split('.')[0]}")
-                block.set_submodule(path, made)
+    model, shared = load(tmp_path, "llama", name), SharedInputs()
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            module.share(shared, path.rpartition(".")[0])
     ids = torch.tensor([[1, 2, 3]])
     with torch.inference_mode():
         expected = model(input_ids=ids).logits
@@ -116,7 +100,7 @@ def test_quantized_products_stay_whole(name: str, compiler: Compiler, tmp_path: 
 
 
 def test_decoding_is_the_same(compiler: Compiler, tmp_path: Path) -> None:
-    model = build("llama", tmp_path)
+    model = load(tmp_path)
     prompts = [[1, 2, 3], [4]]
     decoder = StaticDecoder(model, 2, 32, LAST)
     expected = tokens(decoder, prompts, 8)
@@ -126,7 +110,7 @@ def test_decoding_is_the_same(compiler: Compiler, tmp_path: Path) -> None:
 
 
 def test_what_fails_inside_leaves_the_model_as_it_was(tmp_path: Path) -> None:
-    model = build("llama", tmp_path)
+    model = load(tmp_path)
 
     def broken(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
