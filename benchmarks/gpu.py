@@ -38,8 +38,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from compressor.measure.engines.transformers import TransformersEngine, model_bytes
 from compressor.models.architecture import CausalLM
 from compressor.models.head import Head
-from compressor.numerics import grid
-from compressor.numerics.linear import QuantizedLinear, SharedInputs
+from compressor.numerics import grid, siblings
+from compressor.numerics.linear import QuantizedLinear
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import Scheme
 from compressor.quantize.columns import round_columns_loop
@@ -53,9 +53,15 @@ from compressor.speculate.options import MedusaOptions
 PARTS = ("device", "kernels", "products", "decode", "train", "quantize")
 SAMPLES, LENGTH, TOKENS = 128, 2048, 49152
 SCHEMES = (("bfloat16", None), ("W8A8", -1), ("W8A16", -1), ("W4A16", 128))
-SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096))
+SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
 ROWS = (1, 4, 16, 64, 128)
 BATCHES = (1, 4, 16, 64, 128)
+ONE_INPUT = (  # linears of a block that read one input
+    ("self_attn", ("q_proj", "k_proj", "v_proj")),
+    ("self_attn", ("o_proj",)),
+    ("mlp", ("gate_proj", "up_proj")),
+    ("mlp", ("down_proj",)),
+)
 PROMPT, OUTPUT = 128, 64  # tokens
 HEADS, DRAFT, ANSWERS = 4, 32768, 256  # Medusa heads, tokens that they know, samples of LENGTH / 4
 BEYOND_CACHES = 256 << 20  # bytes of weights that a product goes through
@@ -298,16 +304,20 @@ def _random_model(layers: int, name: str, group: int | None, device: str) -> Any
             model = LlamaForCausalLM(_config(layers)).eval()
     finally:
         torch.set_default_dtype(before)
-    if group is None:
-        return model
-    scheme, inputs = Scheme.parse(name, group), SharedInputs()
-    for index, block in enumerate(model.model.layers):
-        for path, module in list(block.named_modules()):
-            if isinstance(module, nn.Linear):
-                linear = _quantized(_rounded(module.weight.data, scheme), scheme)
-                alone = path.endswith(("o_proj", "down_proj"))
-                linear.share(inputs, f"{index} {path if alone else path.split('.')[0]}")
-                block.set_submodule(path, linear)
+    for block in model.model.layers:
+        for parent, names in ONE_INPUT:
+            module = block.get_submodule(parent)
+            linears = [getattr(module, one) for one in names]
+            if group is None:
+                made = siblings.dense(linears)
+            else:
+                scheme = Scheme.parse(name, group)
+                made = siblings.quantized(
+                    [(_rounded(linear.weight.data, scheme), scheme, None) for linear in linears],
+                    dtype=torch.bfloat16,
+                )
+            for one, linear in zip(names, made, strict=True):
+                setattr(module, one, linear)
     return model
 
 

@@ -29,10 +29,10 @@ from torch import nn
 from compressor.errors import RunError
 from compressor.export.artifact import MAX_SHARD_BYTES, complete, write_json
 from compressor.export.weights import Quantized, write_weights
-from compressor.models.architecture import CausalLM
+from compressor.models.architecture import CausalLM, LinearRef, by_input
 from compressor.models.checkpoint import Checkpoint, TensorWriter
 from compressor.models.kv_cache import KEY, VALUE, round_cache
-from compressor.numerics.linear import QuantizedLinear, SharedInputs
+from compressor.numerics import siblings
 from compressor.numerics.packing import pack_int32, unpack_int32
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import KV_CACHE, ActivationScheme, Scheme, WeightScheme
@@ -191,8 +191,9 @@ def load_model(
         directory: holds config.json with ``quantization_config`` and safetensors; a directory
             without ``quantization_config`` is loaded as it is.
         kernel: ``reference`` (dequantized weights, activations rounded as the engine rounds them)
-            or ``auto`` (low-bit kernels where this device has them). The cache of keys and values
-            is held in ``dtype``, rounded as a low-bit one.
+            or ``auto`` (low-bit kernels where this device has them, and linears that read one
+            input as one product, dense ones too). The cache of keys and values is held in
+            ``dtype``, rounded as a low-bit one.
         dtype: of activations and of everything that is not quantized.
         device: of the model.
 
@@ -205,26 +206,40 @@ def load_model(
     )
     if found:
         scheme_of = read_schemes(found, directory)
-        source, inputs = Checkpoint(directory), SharedInputs()
-        refs = [ref for index in range(len(model.blocks)) for ref in model.linears(index)]
-        if (head := model.head()) is not None and source.has(f"{head.name}.weight_scale"):
+        source = Checkpoint(directory)
+        refs = _linears(model)
+        if (head := model.head()) is not None:
             refs.append(head)
-        for ref in refs:
-            if source.has(f"{ref.name}.weight") and not source.has(f"{ref.name}.weight_scale"):
-                continue
-            scheme = scheme_of(ref.name)
-            tensor = read_tensor(source, ref.name, scheme).to(device)
-            bias = None
-            if ref.module.bias is not None:
-                bias = source.tensor(f"{ref.name}.bias").to(device)
-            linear = QuantizedLinear.from_tensor(tensor, scheme, bias, kernel=kernel, dtype=dtype)
-            linear.share(inputs, ref.input_group)
-            model.replace_linear(ref, linear)
+        refs = [ref for ref in refs if source.has(f"{ref.name}.weight_scale")]
+        for group in by_input(refs) if kernel == "auto" else [[ref] for ref in refs]:
+            weights = [_read_linear(source, ref, scheme_of(ref.name), device) for ref in group]
+            made = siblings.quantized(weights, kernel=kernel, dtype=dtype)
+            for ref, linear in zip(group, made, strict=True):
+                model.replace_linear(ref, linear)
         if found.get("kv_cache_scheme"):
             kv_cache = _read_kv_cache(found["kv_cache_scheme"], directory)
             scales = {n: source.tensor(n) for n in source.names if n.endswith((KEY, VALUE))}
             round_cache(model, scales, kv_cache)
-    return model.load_full(dtype, device)
+    loaded = model.load_full(dtype, device)
+    if kernel == "auto":
+        for group in by_input(_linears(model)):
+            made = siblings.dense([ref.module for ref in group])
+            for ref, linear in zip(group, made, strict=True):
+                model.replace_linear(ref, linear)
+    return loaded
+
+
+def _linears(model: CausalLM) -> list[LinearRef]:
+    """All blocks' linears that are dense still."""
+    return [ref for index in range(len(model.blocks)) for ref in model.linears(index)]
+
+
+def _read_linear(
+    source: Checkpoint, ref: LinearRef, scheme: Scheme, device: str
+) -> tuple[QuantizedTensor, Scheme, torch.Tensor | None]:
+    """Weight, scheme and bias of a linear."""
+    bias = None if ref.module.bias is None else source.tensor(f"{ref.name}.bias").to(device)
+    return read_tensor(source, ref.name, scheme).to(device), scheme, bias
 
 
 def read_tensor(source: Checkpoint, name: str, scheme: Scheme) -> QuantizedTensor:

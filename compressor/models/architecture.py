@@ -12,7 +12,7 @@ import copy
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ from compressor.models.experts import UnfusedExperts, is_fused
 from compressor.models.names import disk_keys
 from compressor.models.read_ahead import ReadAhead
 from compressor.numerics import vector_math
-from compressor.numerics.memory import free_bytes
+from compressor.numerics.memory import free_bytes, keep_freed_pages
 
-vector_math.settle()  # before any model computes: all of them come through here
+# Before any model computes: all of them come through here.
+vector_math.settle()
+keep_freed_pages()
 
 # Siblings that read the same tensor and so share one statistic. A family that names them otherwise
 # only computes a statistic more often than needed.
@@ -60,6 +62,14 @@ class LinearRef:
     path: str
     module: nn.Linear
     input_group: str
+
+
+def by_input(refs: Iterable[LinearRef]) -> list[list[LinearRef]]:
+    """Linears in groups that read the same tensor."""
+    groups: dict[str, list[LinearRef]] = {}
+    for ref in refs:
+        groups.setdefault(ref.input_group, []).append(ref)
+    return list(groups.values())
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 torch's CPU kernel works on tiles too small for the matrix units' full rate and spends as much on a
 causal mask as on none. Here queries go in chunks, each against the keys up to its end only, in
 plain matrix products; heads that share keys are rows of one product. The same for a few new tokens
-under a mask (a tree of candidates). All else (gradients, other devices, other masks) goes to the
-library's `sdpa`.
+under a mask (a tree of candidates), and for one new token of each sequence, where the heads are the
+rows of torch's own kernel: it takes a head at a time else, and reads its keys for each. All else
+(gradients, other devices, other masks) goes to the library's `sdpa`.
 
 A module that has a handler (`HANDLER`) is given its keys and values by it: see `kv_cache.py`.
 """
@@ -15,6 +16,7 @@ import functools
 from typing import Any
 
 import torch
+from torch import nn
 
 NAME = "chunked_causal"
 HANDLER = "key_value_handler"  # attribute: (key, value) -> (key, value)
@@ -77,8 +79,28 @@ def masked_attention(
     return mixed.view(batch, heads, new, -1).transpose(1, 2).contiguous()
 
 
+def single_token_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """softmax(scale Q K^T) V for one new token of each sequence.
+
+    Args:
+        query: [batch, heads, 1, width].
+        key: [batch, heads of keys, length, width], their number a divisor of ``heads``.
+        value: [batch, heads of keys, length, width of values].
+        scale: of the scores.
+
+    Returns:
+        [batch, 1, heads, width of values].
+    """
+    batch, heads, _, width = query.shape
+    rows = query.reshape(batch, key.shape[1], -1, width)
+    mixed = nn.functional.scaled_dot_product_attention(rows, key, value, scale=scale)
+    return mixed.reshape(batch, 1, heads, -1)
+
+
 def _forward(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -102,6 +124,8 @@ def _forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if usual and attention_mask is None and causal and 1 < query.shape[2] == key.shape[2]:
         return chunked_causal_attention(query, key, value, scale), None
+    if usual and attention_mask is None and query.shape[2] == 1 and key.shape[1] < query.shape[1]:
+        return single_token_attention(query, key, value, scale), None
     if usual and _shares_keys_under(attention_mask, query, key):
         assert attention_mask is not None
         return masked_attention(query, key, value, attention_mask, scale), None

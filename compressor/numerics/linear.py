@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,43 +12,6 @@ from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import ASYMMETRIC, DYNAMIC, FP8, FP8_STATIC, STATIC, Scheme
 
 _COMPUTED = (None, DYNAMIC, ASYMMETRIC, STATIC, FP8, FP8_STATIC)
-
-
-@dataclass
-class _Last:
-    input: torch.Tensor
-    version: int | None
-    group: str
-    readers: set[int]
-    rounded: kernels.Rounded
-
-
-class SharedInputs:
-    """Inputs of a model that several of its linears read, rounded to int8 once.
-
-    The last one is held until another comes. It counts as the same where it is the same tensor,
-    unaltered since as far as torch tells (inference tensors have no version), goes to the same
-    group, and comes to this reader for the first time.
-    """
-
-    def __init__(self) -> None:
-        self._last: _Last | None = None  # one reference: threads see it whole
-
-    def rounded(self, x: torch.Tensor, group: str, kernel: kernels.Int8) -> kernels.Rounded:
-        """What `kernel` makes of an input [..., in], or what another of its group made."""
-        last, version = self._last, None if x.is_inference() else x._version
-        if (
-            last is not None
-            and last.input is x
-            and last.version == version
-            and last.group == group
-            and id(kernel) not in last.readers
-        ):
-            last.readers.add(id(kernel))
-            return last.rounded
-        made = kernel.rounded(x.reshape(-1, x.shape[-1]))
-        self._last = _Last(x, version, group, {id(kernel)}, made)
-        return made
 
 
 class QuantizedLinear(nn.Module):
@@ -67,16 +29,6 @@ class QuantizedLinear(nn.Module):
         self.kernel_name = kernel.name
         self.out_features = out_features
         self.register_buffer("bias", bias)
-        self._shared: tuple[SharedInputs, str, kernels.Int8] | None = None
-
-    def share(self, inputs: SharedInputs, group: str) -> None:
-        """Round inputs once with the other linears of a group that reads the same tensors.
-
-        No effect on kernels that do not round them to int8 with dynamic scales.
-        """
-        if isinstance(self.kernel, kernels.Int8) and self.kernel.input_scale is None:
-            symmetric = "symmetric" if self.kernel.sums is None else "asymmetric"
-            self._shared = inputs, f"{group} {symmetric}", self.kernel
 
     @classmethod
     def from_tensor(
@@ -121,11 +73,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
-        if self._shared is None:
-            y = self.kernel(x.reshape(-1, x.shape[-1]))
-        else:
-            inputs, group, kernel = self._shared
-            y = kernel.product(inputs.rounded(x, group, kernel), x.dtype)
+        y = self.kernel(x.reshape(-1, x.shape[-1]))
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)

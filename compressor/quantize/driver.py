@@ -31,7 +31,6 @@ from compressor.models.kv_cache import CacheObserver, check_attention, no_cache
 from compressor.numerics.memory import (
     WAITING_SHARE,
     free_bytes,
-    keep_freed_pages,
     refuse_out_of_memory,
     release_freed_pages,
     suppress_out_of_memory,
@@ -130,7 +129,6 @@ def quantize_model(
             device has too little memory.
     """
     started = time.perf_counter()
-    keep_freed_pages()
     directory.mkdir(parents=True, exist_ok=True)
     walk = _Walk(
         model, algorithm, exceptions or {}, transforms, refinements, directory, ignore,

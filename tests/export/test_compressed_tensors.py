@@ -12,8 +12,10 @@ import torch
 
 from compressor.errors import RunError
 from compressor.export import compressed_tensors as ct
+from compressor.measure.engines.transformers import model_bytes
 from compressor.models.architecture import CausalLM
 from compressor.numerics.scheme import KV_CACHE, Scheme
+from compressor.numerics.siblings import Siblings
 from compressor.quantize import registry
 from compressor.quantize.codes import iterate_quantized, kv_scales
 from compressor.quantize.driver import quantize_model
@@ -114,6 +116,36 @@ def test_other_layouts_load_back(tmp_path: Path, arch: str) -> None:
         assert any(name.endswith("gate") for name in config["ignore"])
         assert any("experts.0." in name and name.endswith("weight_scale") for name in names)
         assert not any(".gate.weight_" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    "options", [{"scheme": "W8A8"}, {"scheme": "W4A16", "group_size": 16}, None], ids=str
+)
+@pytest.mark.parametrize(
+    ("arch", "together"),  # products of several linears in the two blocks
+    [("llama", 4), ("qwen2", 4), ("phi3", 0), ("opt", 2), ("gpt_neox", 0), ("mixtral", 10)],
+)
+def test_linears_of_one_input_are_one_product(
+    tmp_path: Path, arch: str, together: int, options: dict[str, Any] | None
+) -> None:
+    if options is None:
+        artifact = tiny.build(arch, tmp_path / "source")
+    else:
+        _, artifact, _ = make(tmp_path, arch, **options)
+    plain, fast = ct.load_model(artifact), ct.load_model(artifact, kernel="auto")
+    found = [module for module in fast.modules() if isinstance(module, Siblings)]
+    products: list[int] = []
+    for module in found:
+        module.linear.register_forward_hook(lambda *_: products.append(1))
+    ids = torch.arange(5, 25).unsqueeze(0)
+    with torch.no_grad():
+        got, expected = fast(ids).logits, plain(ids).logits
+    # Sums of another order send activations of the next layers to other integers.
+    assert float((got - expected).norm() / expected.norm()) < (2e-2 if options else 1e-5)
+    assert len(found) == together
+    assert model_bytes(fast) <= model_bytes(plain)
+    # One each, but for experts that no token came to.
+    assert len(products) == together if arch != "mixtral" else 2 < len(products) <= together
 
 
 def test_export_is_complete_and_deterministic(tmp_path: Path) -> None:

@@ -27,6 +27,21 @@ def test_tokens_are_those_of_generate(loaders: Any, prompt_tokens: Any, cache: A
     assert len(times) == 7 and start < times[0] and times == sorted(times)
 
 
+@pytest.mark.parametrize("lengths", [(9, 9, 9), (3, 9, 1)])
+def test_the_output_layer_reads_last_positions_as_one_matrix(
+    loaders: Any, lengths: tuple[int, ...]
+) -> None:
+    engine = TransformersEngine(loaders["baseline"])
+    engine.start()
+    layouts = []
+    head: Any = engine.model.get_output_embeddings()  # type: ignore[operator]
+    head.register_forward_pre_hook(
+        lambda _, inputs: layouts.append((inputs[0].shape[:2], inputs[0].is_contiguous()))
+    )
+    list(engine.steps([[7] * length for length in lengths], 2))
+    assert layouts == [((3, 1), True)] * 2
+
+
 def test_samples_hold_one_clock(loaders: Any, prompt_tokens: Any) -> None:
     engine = TransformersEngine(loaders["baseline"])
     engine.start()

@@ -12,7 +12,8 @@ import torch
 
 from compressor.measure.engines.fusion import fused
 from compressor.measure.engines.static_decoder import StaticDecoder
-from compressor.numerics.linear import QuantizedLinear, SharedInputs
+from compressor.numerics.linear import QuantizedLinear
+from compressor.numerics.siblings import Sibling
 from tests.measure.test_static_decoder import LAST, tokens
 from tests.speculate.decoders import load
 
@@ -84,10 +85,11 @@ def test_blocks_share_what_was_compiled(compiler: Compiler, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["W8A8", "W4A16"])
 def test_quantized_products_stay_whole(name: str, compiler: Compiler, tmp_path: Path) -> None:
-    model, shared = load(tmp_path, "llama", name), SharedInputs()
-    for path, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            module.share(shared, path.rpartition(".")[0])
+    model = load(tmp_path, "llama", name)
+    assert any(isinstance(module, Sibling) for module in model.modules())
+    assert any(
+        isinstance(module, QuantizedLinear) for module in model.model.layers[0].mlp.children()
+    )
     ids = torch.tensor([[1, 2, 3]])
     with torch.inference_mode():
         expected = model(input_ids=ids).logits

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.numerics import grid, kernels
-from compressor.numerics.linear import QuantizedLinear, SharedInputs
+from compressor.numerics.linear import QuantizedLinear
 from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import ASYMMETRIC, DYNAMIC, ActivationScheme, Scheme
 
@@ -185,60 +185,3 @@ def test_no_rows_give_no_rows(name: str) -> None:
         quantized(scheme, 32, 128), scheme, None, kernel="auto", dtype=torch.bfloat16
     )
     assert linear(torch.zeros(0, 128, dtype=torch.bfloat16)).shape == (0, 32)
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every rounding."""
-    rows: list[int] = []
-    rounded = kernels.Int8.rounded
-
-    def counting(self: kernels.Int8, x: torch.Tensor) -> kernels.Rounded:
-        rows.append(len(x))
-        return rounded(self, x)
-
-    monkeypatch.setattr(kernels.Int8, "rounded", counting)
-    return rows
-
-
-def sharing(activations: Literal["dynamic", "dynamic-asymmetric"], groups: str) -> list:
-    """Two equal linears for each letter, the first of which shares inputs in the group so named."""
-    scheme = Scheme.parse("W8A8", activations=activations)
-    inputs, made = SharedInputs(), []
-    for number, group in enumerate(groups):
-        tensor = quantized(scheme, 32 + 16 * number, 64)
-        pair = [QuantizedLinear.from_tensor(tensor, scheme, None, kernel="auto") for _ in range(2)]
-        pair[0].share(inputs, group)
-        made.append(pair)
-    return made
-
-
-@pytest.mark.parametrize("activations", ["dynamic", "dynamic-asymmetric"])
-@pytest.mark.parametrize("inference", [False, True])
-def test_readers_of_one_input_round_it_once(
-    activations: Literal["dynamic", "dynamic-asymmetric"], inference: bool, counted: list[int]
-) -> None:
-    (a, plain_a), (b, plain_b), (c, plain_c) = sharing(activations, "aab")
-    with torch.inference_mode(inference), torch.no_grad():
-        x, y = torch.randn(2, 3, 64), torch.randn(1, 5, 64)
-        expected = [plain_a(x), plain_b(x), plain_c(x), plain_a(y), plain_b(y)]
-        counted.clear()
-        got = [a(x), b(x), c(x), a(y), b(y)]
-    assert counted == [6, 6, 5]
-    for one, other in zip(got, expected, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_an_altered_input_is_rounded_anew(counted: list[int]) -> None:
-    (a, plain_a), (b, plain_b) = sharing("dynamic", "aa")
-    x = torch.randn(4, 64)
-    assert torch.equal(a(x), plain_a(x))
-    x.mul_(torch.linspace(1, 3, 64))
-    counted.clear()
-    assert torch.equal(b(x), plain_b(x))
-    with torch.inference_mode():  # nothing tells that one was altered, but who reads it again
-        x = torch.randn(4, 64)
-        assert torch.equal(a(x), plain_a(x))
-        x.mul_(torch.linspace(1, 3, 64))
-        assert torch.equal(a(x), plain_a(x))
-    assert len(counted) == 6

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from scipy.stats import chisquare
 
-from compressor.models.architecture import CausalLM
-from compressor.numerics import grid
-from compressor.numerics.linear import QuantizedLinear
+from compressor.models.architecture import CausalLM, LinearRef, by_input
+from compressor.numerics import grid, siblings
+from compressor.numerics.quantized import QuantizedTensor
 from compressor.numerics.scheme import Scheme
 from compressor.speculate.cached import CachedModel
 from compressor.speculate.candidates import ROOT, Candidates
@@ -27,16 +27,22 @@ def load(directory: Path, arch: str = "llama", scheme: str | None = None, **chan
     if scheme is not None:
         parsed = Scheme.parse(scheme, 32 if scheme[1] in "234" else None)
         for index in range(len(model.blocks)):
-            for ref in model.linears(index):
-                weight = model.checkpoint.tensor(f"{ref.name}.weight").float()
-                scale, zero = grid.fit_grid(weight, parsed.weights)
-                tensor = grid.quantize(weight, scale, zero, parsed.weights)
-                bias = None
-                if ref.module.bias is not None:
-                    bias = model.checkpoint.tensor(f"{ref.name}.bias").float()
-                made = QuantizedLinear.from_tensor(tensor, parsed, bias, kernel="auto")
-                model.replace_linear(ref, made)
+            for group in by_input(model.linears(index)):
+                made = siblings.quantized([_rounded(model, ref, parsed) for ref in group])
+                for ref, linear in zip(group, made, strict=True):
+                    model.replace_linear(ref, linear)
     return model.load_full(torch.float32)
+
+
+def _rounded(
+    model: CausalLM, ref: LinearRef, scheme: Scheme
+) -> tuple[QuantizedTensor, Scheme, torch.Tensor | None]:
+    weight = model.checkpoint.tensor(f"{ref.name}.weight").float()
+    scale, zero = grid.fit_grid(weight, scheme.weights)
+    bias = None
+    if ref.module.bias is not None:
+        bias = model.checkpoint.tensor(f"{ref.name}.bias").float()
+    return grid.quantize(weight, scale, zero, scheme.weights), scheme, bias
 
 
 def target(directory: Path, arch: str = "llama", scheme: str | None = None, **changes: Any) -> Any:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from compressor.numerics.linear import QuantizedLinear
+from compressor.numerics.siblings import Sibling
 
 # What transformers' modelling files call them.
 _SMALL = ("RMSNorm", "MLP")
@@ -41,7 +42,7 @@ def fused(model: nn.Module, compile: Compile = torch.compile) -> Iterator[int]:
     with contextlib.ExitStack() as stack:
         count = 0
         for module in model.modules():
-            if isinstance(module, QuantizedLinear):  # its kernel is one already
+            if isinstance(module, QuantizedLinear | Sibling):  # their kernels are one already
                 whole = torch.compiler.disable(module.forward)
                 stack.enter_context(_replaced(module, "forward", whole))
             elif type(module).__name__.endswith(_SMALL):

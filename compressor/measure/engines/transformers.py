@@ -46,6 +46,14 @@ def model_dtype(model: nn.Module) -> str:
     return str(next(embeddings.parameters()).dtype).removeprefix("torch.")
 
 
+def _read_in_one_piece(linear: nn.Module | None) -> None:
+    """Have a linear read its input as one matrix. The last position of each sequence lies among the
+    others, which torch makes a product for each sequence of, each with a copy of the weight: of the
+    output layer the last and longest part of reading a batch of prompts."""
+    if linear is not None:
+        linear.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+
+
 def _padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and mask [batch, longest], int64, padded on the left."""
     length = max(map(len, prompts))
@@ -100,6 +108,7 @@ class TransformersEngine:
         """Load the model, once."""
         if self._model is None:
             self._model = self._loader(self._dtype).eval()
+            _read_in_one_piece(self._model.get_output_embeddings())  # type: ignore[operator]
             parameters = inspect.signature(self._model.forward).parameters
             self._last_logit_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
             self._takes_positions = "position_ids" in parameters
