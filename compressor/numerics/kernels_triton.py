@@ -6,10 +6,12 @@ of them there are few. A program holds `_OUT` output channels, and several share
 channel where there are fewer channels than the device has room for; the last to arrive adds up
 what all found, always in one order.
 
-- `Int4`: 2 codes a byte, `tile` columns together ([columns / tile, out, tile / 2] bytes: what a
-  program reads at once lies together). The first half of a tile is in the low halves of the bytes.
-- `Int8WeightOnly`: codes [out, columns] as they are.
-- `Int8Activations`: the same, times int8 activations, which one more kernel rounds; sums are exact.
+- `Int4`, `Int8WeightOnly`: words of 16 bits with 4 or 2 codes, `tile` columns together
+  ([columns / tile, out, tile * bits / 16] words: what a program reads at once lies together). The
+  first codes of all words of a tile are its first columns, and so on: a mask and a shift make
+  numbers of two words at a time, which lie in registers as the tensor cores want them.
+- `Int8Activations`: codes [out, columns] as they are, times int8 activations, which one more kernel
+  rounds; sums are exact.
 
 More than `MOST_ROWS` rows are a dense product (``torch._int_mm`` where activations are int8).
 Import only where Triton is installed.
@@ -31,8 +33,9 @@ from compressor.numerics.scheme import Scheme
 
 MOST_ROWS = 64
 _OUT = 64  # output channels of a program: the least that Hopper's tensor cores take
-_TILES = (128, 64, 32)  # columns of a step, the best first
-_WARPS, _STAGES = 4, 4
+_TILES = {4: (256, 128, 64), 8: (128, 64)}  # columns of a step by bits, the best first
+_INT8_TILE = 128  # the same with int8 activations
+_WARPS, _STAGES, _INT8_STAGES = 4, 3, 4
 _PER_PROCESSOR = 4  # programs
 _PROGRAMS = 1024  # most that share columns: what the workspace is made for
 _LEAST_MAJOR = 8  # compute capability from which tensor cores take bfloat16
@@ -62,26 +65,27 @@ def _shape(out: int, steps: int, rows: int, device: torch.device) -> dict[str, i
     share a channel's columns."""
     tiles = triton.cdiv(out, _OUT)
     split = max(1, min(steps, _room(device) // tiles))
+    split = triton.cdiv(steps, triton.cdiv(steps, split))  # none without a step
     return {"ROWS": max(16, triton.next_power_of_2(rows)), "SPLIT": split, "OUT": _OUT}
 
 
-def _tile(group_size: int) -> int | None:
-    return next((tile for tile in _TILES if group_size % tile == 0), None)
+def _tile(tensor: QuantizedTensor) -> int | None:
+    """Columns of a step, either half of which lies within a group; None where that cannot be."""
+    columns = tensor.codes.shape[1]
+    group_size = columns // tensor.scale.shape[1]
+    tiles = _TILES.get(tensor.scheme.num_bits, ())
+    return next((t for t in tiles if columns % t == 0 and group_size % (t // 2) == 0), None)
 
 
-def _groups(tensor: QuantizedTensor) -> tuple[int, int]:
-    """Columns of a group, and of a step within one."""
-    group_size = tensor.codes.shape[1] // tensor.scale.shape[1]
-    tile = _tile(group_size)
-    assert tile is not None, "see `select`"
-    return group_size, tile
+class _WeightOnly(kernels.Kernel):
+    """Weights in words, bfloat16 activations; zero points and ordered columns too.
 
+    Attributes:
+        bits: of a code.
+    """
 
-class Int4(kernels.Kernel):
-    """4-bit weights in groups, bfloat16 activations; zero points and ordered columns too."""
-
-    name = "int4-triton"
-    packed: torch.Tensor
+    bits: int
+    words: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor | None
     order: torch.Tensor | None
@@ -93,65 +97,67 @@ class Int4(kernels.Kernel):
             order = torch.argsort(tensor.g_idx, stable=True).to(torch.int32)
             codes = codes[:, order]
         self.out, self.columns = codes.shape
-        self.group_size, self.tile = _groups(tensor)
-        halves = (codes.to(torch.int16) + 8).to(torch.uint8).view(self.out, -1, 2, self.tile // 2)
-        packed = (halves[:, :, 0] | (halves[:, :, 1] << 4)).transpose(0, 1).contiguous()
-        self.register_buffer("packed", packed)  # [columns / tile, out, tile / 2]
+        tile = _tile(tensor)
+        assert tile is not None, "see `select`"
+        self.tile, self.halves = tile, 2 * self.columns // tile // tensor.scale.shape[1]
+        self.register_buffer("words", self._packed(codes))  # [columns / tile, out, words]
         self.register_buffer("scale", _scales(tensor.scale))  # [groups, out]
         zero = tensor.zero_point
         self.register_buffer("zero_point", None if zero is None else zero.t().contiguous())
         self.register_buffer("order", order)
+
+    def _packed(self, codes: torch.Tensor) -> torch.Tensor:
+        count = 16 // self.bits
+        parts = codes.view(self.out, -1, count, self.tile // count).to(torch.int32)
+        parts = parts + 8 if self.bits == 4 else parts & 255
+        words = torch.zeros_like(parts[:, :, 0])
+        for part in range(count):
+            words |= parts[:, :, part] << (self.bits * part)
+        return words.to(torch.int16).transpose(0, 1).contiguous()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) > MOST_ROWS:
             if self.order is not None:
                 x = x[:, self.order]
             return nn.functional.linear(x, self.dense())
-        return _weight_only(
-            x, self.packed, self.scale, self.zero_point, self.order,
-            out=self.out, group_size=self.group_size, tile=self.tile, bits=4,
+        x = x.contiguous()
+        rows = len(x)
+        y = torch.empty(rows, self.out, dtype=x.dtype, device=x.device)
+        parts, arrived = _workspace(x.device)
+        shape = _shape(self.out, len(self.words), rows, x.device)
+        grid: Any = (triton.cdiv(self.out, _OUT), shape["SPLIT"])
+        _weight_only_kernel[grid](
+            x, self.words, self.scale, self.scale if self.zero_point is None else self.zero_point,
+            self.words if self.order is None else self.order, y, parts, arrived,
+            rows, self.out, self.columns, self.words.stride(0), self.words.stride(1),
+            TYPE=tl.bfloat16 if x.is_cuda else tl.float32,  # the interpreter knows no other
+            BITS=self.bits, HAS_ZERO=self.zero_point is not None, ORDERED=self.order is not None,
+            HALVES=self.halves, TILE=self.tile, **shape, num_warps=_WARPS, num_stages=_STAGES,
         )  # fmt: skip
+        return y
 
     def dense(self) -> torch.Tensor:
         """The weight [out, columns] in bfloat16, columns in the order of their groups."""
-        weight = torch.empty(
-            self.out, self.columns, dtype=torch.bfloat16, device=self.packed.device
-        )
-        grid: Any = (triton.cdiv(self.out, _OUT), len(self.packed))
+        weight = torch.empty(self.out, self.columns, dtype=torch.bfloat16, device=self.words.device)
+        grid: Any = (triton.cdiv(self.out, _OUT), len(self.words))
         zero = self.scale if self.zero_point is None else self.zero_point
         _unpack_kernel[grid](
-            self.packed, self.scale, zero, weight, self.out, self.columns, self.group_size,
-            HAS_ZERO=self.zero_point is not None, TILE=self.tile, OUT=_OUT,
+            self.words, self.scale, zero, weight, self.out, self.columns, BITS=self.bits,
+            HAS_ZERO=self.zero_point is not None, HALVES=self.halves, TILE=self.tile, OUT=_OUT,
         )  # fmt: skip
         return weight
 
 
-class Int8WeightOnly(kernels.Kernel):
-    """8-bit weights per channel or in groups, bfloat16 activations; symmetric."""
+class Int4(_WeightOnly):
+    """4-bit weights in groups or per channel."""
 
-    name = "int8-weight-only-triton"
-    codes: torch.Tensor
-    scale: torch.Tensor
+    name, bits = "int4-triton", 4
 
-    def __init__(self, tensor: QuantizedTensor) -> None:
-        super().__init__()
-        self.group_size, self.tile = _groups(tensor)
-        self.register_buffer("codes", tensor.codes.contiguous())
-        self.register_buffer("scale", _scales(tensor.scale))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = len(self.codes)
-        if len(x) > MOST_ROWS:
-            return nn.functional.linear(x, self.dense())
-        return _weight_only(
-            x, self.codes, self.scale, None, None,
-            out=out, group_size=self.group_size, tile=self.tile, bits=8,
-        )  # fmt: skip
+class Int8WeightOnly(_WeightOnly):
+    """8-bit weights in groups or per channel; symmetric."""
 
-    def dense(self) -> torch.Tensor:
-        """The weight [out, columns] in bfloat16."""
-        codes = self.codes.to(torch.bfloat16).view(len(self.codes), len(self.scale), -1)
-        return (codes * self.scale.t().to(torch.bfloat16).unsqueeze(-1)).flatten(1)
+    name, bits = "int8-weight-only-triton", 8
 
 
 class Int8Activations(kernels.Int8):
@@ -176,7 +182,7 @@ class Int8Activations(kernels.Int8):
             return super().product(rounded, dtype)
         y = torch.empty(rows, out, dtype=dtype, device=codes.device)
         parts, arrived = _workspace(codes.device)
-        tile = _TILES[0]
+        tile = _INT8_TILE
         for first in range(0, rows, MOST_ROWS):
             some = slice(first, first + MOST_ROWS)
             count = len(codes[some])
@@ -189,7 +195,7 @@ class Int8Activations(kernels.Int8):
                 parts, arrived, count, out, columns,
                 codes.stride(0), self.codes.stride(1), int(scale.numel() > 1),
                 HAS_ZERO=zero is not None, TILE=tile, **shape,
-                num_warps=_WARPS, num_stages=_STAGES,
+                num_warps=_WARPS, num_stages=_INT8_STAGES,
             )  # fmt: skip
         return y
 
@@ -204,11 +210,11 @@ def select(tensor: QuantizedTensor, scheme: Scheme, dtype: torch.dtype) -> kerne
         if weights.num_bits == 8 and weights.strategy == "channel" and weights.symmetric:
             return Int8Activations(tensor, not activations.symmetric)
         return None
-    if dtype != torch.bfloat16 or _tile(tensor.codes.shape[1] // tensor.scale.shape[1]) is None:
+    if dtype != torch.bfloat16 or _tile(tensor) is None:
         return None
     if weights.num_bits == 4:
         return Int4(tensor)
-    if weights.num_bits == 8 and weights.symmetric and tensor.g_idx is None:
+    if weights.num_bits == 8 and weights.symmetric:
         return Int8WeightOnly(tensor)
     return None
 
@@ -237,36 +243,6 @@ def _scales(scale: torch.Tensor) -> torch.Tensor:
     return (short if same else scale.float()).t().contiguous()
 
 
-def _weight_only(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    order: torch.Tensor | None,
-    *,
-    out: int,
-    group_size: int,
-    tile: int,
-    bits: int,
-) -> torch.Tensor:
-    """The product [rows, out] of bfloat16 activations with a packed weight."""
-    x = x.contiguous()
-    rows, columns = x.shape
-    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
-    parts, arrived = _workspace(x.device)
-    step, channel = (weight.stride(0), weight.stride(1)) if bits == 4 else (tile, weight.stride(0))
-    shape = _shape(out, columns // tile, rows, x.device)
-    grid: Any = (triton.cdiv(out, _OUT), shape["SPLIT"])
-    _weight_only_kernel[grid](
-        x, weight, scale, scale if zero is None else zero, weight if order is None else order, y,
-        parts, arrived, rows, out, columns, group_size, step, channel,
-        TYPE=tl.bfloat16 if x.is_cuda else tl.float32,  # the interpreter knows no other
-        BITS=bits, HAS_ZERO=zero is not None, ORDERED=order is not None, TILE=tile, **shape,
-        num_warps=_WARPS, num_stages=_STAGES,
-    )  # fmt: skip
-    return y
-
-
 @triton.jit
 def _summed(  # type: ignore[no-untyped-def]
     found, parts, arrived, rows, out, channel, row,
@@ -290,51 +266,139 @@ def _summed(  # type: ignore[no-untyped-def]
     return found, last
 
 
+# What is in a word as numbers in bfloat16, two words at a time, where the compiler would take each
+# by itself. Of 128 + n in bfloat16 the last bits count ones: a mask makes 128 + code of four bits.
+# Eight are one too many, so it makes 128 + the last seven, less 128, or 256 where the first is set.
+_FOUR_CODES = tl.constexpr("""{
+.reg .b32 second, third, fourth;
+shr.u32 second, $4, 4;
+shr.u32 third, $4, 8;
+shr.u32 fourth, $4, 12;
+lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
+lop3.b32 $1, second, 0x000f000f, 0x43004300, 0xea;
+lop3.b32 $2, third, 0x000f000f, 0x43004300, 0xea;
+lop3.b32 $3, fourth, 0x000f000f, 0x43004300, 0xea;
+}""")
+_TWO_CODES = tl.constexpr("""{
+.reg .b32 second, low, high, one;
+mov.b32 one, 0x3f803f80;
+shr.u32 second, $2, 8;
+lop3.b32 low, $2, 0x007f007f, 0x43004300, 0xea;
+lop3.b32 high, $2, 0x00800080, 0xc300c300, 0xea;
+fma.rn.bf16x2 $0, low, one, high;
+lop3.b32 low, second, 0x007f007f, 0x43004300, 0xea;
+lop3.b32 high, second, 0x00800080, 0xc300c300, 0xea;
+fma.rn.bf16x2 $1, low, one, high;
+}""")
+
+
+@triton.jit
+def _four_codes(words, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """128 + code of each of a word's four."""
+    if TYPE == tl.bfloat16:  # noqa: SIM300
+        return tl.inline_asm_elementwise(
+            _FOUR_CODES, "=r,=r,=r,=r,r", [words], (tl.bfloat16,) * 4, is_pure=True, pack=2
+        )
+    return (
+        _field(words, 0, 4).to(TYPE) + 128,
+        _field(words, 4, 4).to(TYPE) + 128,
+        _field(words, 8, 4).to(TYPE) + 128,
+        _field(words, 12, 4).to(TYPE) + 128,
+    )
+
+
+@triton.jit
+def _two_codes(words, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Each of a word's two."""
+    if TYPE == tl.bfloat16:  # noqa: SIM300
+        return tl.inline_asm_elementwise(
+            _TWO_CODES, "=r,=r,r", [words], (tl.bfloat16,) * 2, is_pure=True, pack=2
+        )
+    return _field(words, 0, 8).to(TYPE), _field(words, 8, 8).to(TYPE)
+
+
+@triton.jit
+def _field(words, first, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Some bits of words of 16; of 8 the sign counts."""
+    value = words.to(tl.int32) >> first & ((1 << BITS) - 1)
+    return value - (value & 128) * 2 if BITS == 8 else value
+
+
+@triton.jit
+def _inputs(  # type: ignore[no-untyped-def]
+    x, order, rows, columns, first, row, column, TYPE: tl.constexpr, ORDERED: tl.constexpr
+):
+    """Some columns of the activations [columns, rows]."""
+    at = first + column
+    read = tl.load(order + at) if ORDERED else at
+    where = x + row[None, :] * columns + read[:, None]
+    return tl.load(where, (row < rows)[None, :], 0.0).to(TYPE)
+
+
+@triton.jit
+def _of_group(table, half, out, channel, steps, HALVES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a table [groups, out] says of half a step's columns, of the last ones behind the last; a
+    group has `HALVES` of them."""
+    group = tl.minimum(half, 2 * steps - 1) // HALVES
+    return tl.load(table + group * out + channel, channel < out, 0)
+
+
 @triton.jit(do_not_specialize=["rows"])  # else it is compiled anew for 1, and for each 16
 def _weight_only_kernel(  # type: ignore[no-untyped-def]
-    x, weight, scale, zero, order, y, parts, arrived,
-    rows, out, columns, group_size, step_stride, channel_stride,
+    x, words, scale, zero, order, y, parts, arrived,
+    rows, out, columns, step_stride, channel_stride,
     TYPE: tl.constexpr, BITS: tl.constexpr, HAS_ZERO: tl.constexpr, ORDERED: tl.constexpr,
-    TILE: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, OUT: tl.constexpr,
+    HALVES: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
+    OUT: tl.constexpr,
 ):  # fmt: skip
-    WIDTH: tl.constexpr = TILE * BITS // 8  # bytes
+    HALF: tl.constexpr = TILE // 2
+    WORDS: tl.constexpr = TILE * BITS // 16
     channel = tl.program_id(0) * OUT + tl.arange(0, OUT)
     row = tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    inside, real = channel < out, row < rows
+    column = tl.arange(0, WORDS)
+    inside = channel < out
     place = channel.to(tl.int64) * channel_stride
     steps = columns // TILE
     share = tl.cdiv(steps, SPLIT)
     first = tl.program_id(1) * share
+    # Scales and zero points are read a step ahead: nothing else hides how long that takes.
+    size = _of_group(scale, 2 * first, out, channel, steps, HALVES)
+    size_2 = _of_group(scale, 2 * first + 1, out, channel, steps, HALVES)
+    if HAS_ZERO:
+        offset = _of_group(zero, 2 * first, out, channel, steps, HALVES)
+        offset_2 = _of_group(zero, 2 * first + 1, out, channel, steps, HALVES)
     found = tl.zeros((OUT, ROWS), tl.float32)
     for step in range(first, tl.minimum(first + share, steps)):
-        group = step * TILE // group_size
-        codes = tl.load(
-            weight + step * step_stride + place[:, None] + column[None, :],
-            inside[:, None], 0,
-        )  # fmt: skip
-        at = step * TILE + column
-        read = tl.load(order + at) if ORDERED else at
-        inputs = tl.load(x + row[None, :] * columns + read[:, None], real[None, :], 0.0).to(TYPE)
+        at, ahead = step * TILE, 2 * (step + 1)
+        next_size = _of_group(scale, ahead, out, channel, steps, HALVES)
+        next_size_2 = _of_group(scale, ahead + 1, out, channel, steps, HALVES)
+        where = words + step * step_stride + place[:, None] + column[None, :]
+        read = tl.load(where, inside[:, None], 0)
+        inputs = _inputs(x, order, rows, columns, at, row, column, TYPE, ORDERED)
+        inputs_2 = _inputs(x, order, rows, columns, at + HALF, row, column, TYPE, ORDERED)
         if BITS == 4:
-            # 0x4300 is 128 in bfloat16, whose last four bits count ones: no conversion is needed.
-            low = ((codes & 15).to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True).to(TYPE)
-            high = ((codes >> 4).to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True).to(TYPE)
-            offset = tl.full((OUT,), 136.0, tl.float32)
+            low, second, third, fourth = _four_codes(read, TYPE)
+            nought, nought_2 = tl.full((OUT, 1), 136.0, TYPE), tl.full((OUT, 1), 136.0, TYPE)
             if HAS_ZERO:
-                offset += tl.load(zero + group * out + channel, inside, 0).to(tl.float32)
-            offset = offset.to(TYPE)[:, None]
-            read = tl.load(order + at + WIDTH) if ORDERED else at + WIDTH
-            second = tl.load(x + row[None, :] * columns + read[:, None], real[None, :], 0.0)
-            product = tl.dot(low - offset, inputs)
-            product = tl.dot(high - offset, second.to(TYPE), product)
+                nought = (offset.to(tl.float32) + 136).to(TYPE)[:, None]
+                nought_2 = (offset_2.to(tl.float32) + 136).to(TYPE)[:, None]
+                offset = _of_group(zero, ahead, out, channel, steps, HALVES)
+                offset_2 = _of_group(zero, ahead + 1, out, channel, steps, HALVES)
+            product = tl.dot(low - nought, inputs)
+            inputs = _inputs(x, order, rows, columns, at + WORDS, row, column, TYPE, ORDERED)
+            product = tl.dot(second - nought, inputs, product)
+            product_2 = tl.dot(third - nought_2, inputs_2)
+            inputs = _inputs(x, order, rows, columns, at + HALF + WORDS, row, column, TYPE, ORDERED)
+            product_2 = tl.dot(fourth - nought_2, inputs, product_2)
         else:
-            product = tl.dot(codes.to(tl.float32).to(TYPE), inputs)
-        size = tl.load(scale + group * out + channel, inside, 0.0).to(tl.float32)
-        found += product * size[:, None]
+            low, high = _two_codes(read, TYPE)
+            product, product_2 = tl.dot(low, inputs), tl.dot(high, inputs_2)
+        found += product * size.to(tl.float32)[:, None]
+        found += product_2 * size_2.to(tl.float32)[:, None]
+        size, size_2 = next_size, next_size_2
     found, last = _summed(found, parts, arrived, rows, out, channel, row, OUT, ROWS, SPLIT)
     if last:
-        there = inside[:, None] & real[None, :]
+        there = inside[:, None] & (row < rows)[None, :]
         tl.store(y + row[None, :] * out + channel[:, None], found.to(y.dtype.element_ty), there)
 
 
@@ -407,23 +471,26 @@ def _nearest(value):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _unpack_kernel(  # type: ignore[no-untyped-def]
-    packed, scale, zero, weight, out, columns, group_size,
-    HAS_ZERO: tl.constexpr, TILE: tl.constexpr, OUT: tl.constexpr,
+    words, scale, zero, weight, out, columns,
+    BITS: tl.constexpr, HAS_ZERO: tl.constexpr, HALVES: tl.constexpr, TILE: tl.constexpr,
+    OUT: tl.constexpr,
 ):  # fmt: skip
-    WIDTH: tl.constexpr = TILE // 2
+    PARTS: tl.constexpr = 16 // BITS
+    WORDS: tl.constexpr = TILE // PARTS
     channel = tl.program_id(0) * OUT + tl.arange(0, OUT)
     step = tl.program_id(1)
-    column = tl.arange(0, WIDTH)
+    column = tl.arange(0, WORDS)
     inside = channel < out
-    group = step * TILE // group_size
-    where = packed + (step * out + channel[:, None]) * WIDTH + column[None, :]
-    codes = tl.load(where, inside[:, None], 0).to(tl.int32)
-    size = tl.load(scale + group * out + channel, inside, 0.0).to(tl.float32)[:, None]
-    offset = tl.full((OUT,), 8, tl.int32)
-    if HAS_ZERO:
-        offset += tl.load(zero + group * out + channel, inside, 0).to(tl.int32)
-    low = ((codes & 15) - offset[:, None]).to(tl.float32) * size
-    high = ((codes >> 4) - offset[:, None]).to(tl.float32) * size
+    where = words + (step * out + channel[:, None]).to(tl.int64) * WORDS + column[None, :]
+    read = tl.load(where, inside[:, None], 0)
     first = weight + channel[:, None].to(tl.int64) * columns + step * TILE + column[None, :]
-    tl.store(first, low.to(tl.bfloat16), inside[:, None])
-    tl.store(first + WIDTH, high.to(tl.bfloat16), inside[:, None])
+    for part in tl.static_range(PARTS):
+        group = (2 * step + 2 * part // PARTS) // HALVES
+        code = _field(read, part * BITS, BITS)
+        if BITS == 4:
+            code -= 8
+        if HAS_ZERO:
+            code -= tl.load(zero + group * out + channel, inside, 0).to(tl.int32)[:, None]
+        size = tl.load(scale + group * out + channel, inside, 0.0).to(tl.float32)[:, None]
+        value = (code.to(tl.float32) * size).to(tl.bfloat16)
+        tl.store(first + part * WORDS, value, inside[:, None])

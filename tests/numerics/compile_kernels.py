@@ -20,11 +20,11 @@ from triton.compiler import ASTSource
 from compressor.numerics import kernels_triton as own
 
 INTEGERS = dict.fromkeys(
-    ("rows", "out", "columns", "group_size", "x_stride", "step_stride", "channel_stride"), "i32"
+    ("rows", "out", "columns", "x_stride", "step_stride", "channel_stride"), "i32"
 ) | {"scale_stride": "i32"}
 FLOATS = dict.fromkeys(("largest", "steps", "least"), "fp32")
-SHAPE = {"TILE": 128, "ROWS": 16, "SPLIT": 4, "OUT": 64}
-BFLOAT16 = {"x": "*bf16", "y": "*bf16", "scale": "*bf16", "zero": "*i8", "weight": "*u8"}
+SHAPE = {"TILE": 256, "ROWS": 16, "SPLIT": 4, "OUT": 64}
+BFLOAT16 = {"x": "*bf16", "y": "*bf16", "scale": "*bf16", "zero": "*i8", "words": "*i16"}
 COMMON = {"parts": "*fp32", "arrived": "*i32", "order": "*i32"}
 INT8 = {"x": "*i8", "weight": "*i8", "x_zero": "*i32", "x_scale": "*fp32", "scale": "*fp32"}
 
@@ -34,31 +34,33 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], bool]]:
     found: list[tuple[str, Any, dict[str, str], dict[str, Any], bool]] = []
     for rows in (16, 64):
         shape = SHAPE | {"ROWS": rows}
-        plain = {"TYPE": tl.bfloat16, "BITS": 4, "HAS_ZERO": False, "ORDERED": False}
-        for label, changes, pointers in (
-            ("int4", {}, {}),
-            ("int4 with zero points", {"HAS_ZERO": True}, {}),
-            ("int4 ordered", {"ORDERED": True}, {}),
-            ("int4 in groups of 32", {"TILE": 32}, {}),
-            ("int4 unsplit", {"SPLIT": 1}, {}),
-            ("int8 weights", {"BITS": 8}, {"weight": "*i8"}),
+        plain = {"TYPE": tl.bfloat16, "BITS": 4, "HALVES": 1, "HAS_ZERO": False, "ORDERED": False}
+        for label, changes in (
+            ("int4", {}),
+            ("int4 with zero points", {"HAS_ZERO": True}),
+            ("int4 ordered", {"ORDERED": True}),
+            ("int4 in groups of 32", {"TILE": 64}),
+            ("int4 unsplit", {"SPLIT": 1}),
+            ("int8 weights", {"BITS": 8, "TILE": 128}),
         ):
             found.append(
-                (f"{label}, {rows} rows", own._weight_only_kernel, BFLOAT16 | COMMON | pointers,
+                (f"{label}, {rows} rows", own._weight_only_kernel, BFLOAT16 | COMMON,
                  shape | plain | changes, True)
             )  # fmt: skip
         for zero in (False, True):
             found.append(
                 (f"int8, {rows} rows", own._int8_kernel,
-                 COMMON | INT8 | {"sums": "*i32", "y": "*bf16"}, shape | {"HAS_ZERO": zero}, True)
+                 COMMON | INT8 | {"sums": "*i32", "y": "*bf16"},
+                 shape | {"TILE": 128, "HAS_ZERO": zero}, True)
             )  # fmt: skip
     for asymmetric in (False, True):
         pointers = {"x": "*bf16", "codes": "*i8", "scale": "*fp32", "zero": "*i32"}
         constants = {"ASYMMETRIC": asymmetric, "BLOCK": 4096}
         found.append(("rounding", own._round_kernel, pointers, constants, False))
-    pointers = {"packed": "*u8", "scale": "*bf16", "zero": "*i8", "weight": "*bf16"}
-    constants = {"HAS_ZERO": True, "TILE": 128, "OUT": 64}
-    found.append(("unpacking", own._unpack_kernel, pointers, constants, False))
+    pointers = {"words": "*i16", "scale": "*bf16", "zero": "*i8", "weight": "*bf16"}
+    for bits in (4, 8):
+        constants = {"BITS": bits, "HAS_ZERO": bits == 4, "HALVES": 1, "TILE": 256, "OUT": 64}
+        found.append((f"unpacking {bits} bits", own._unpack_kernel, pointers, constants, False))
     return found
 
 
@@ -72,11 +74,11 @@ def compiled(
     divisible = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name in ("columns", "out", "step_stride")
+        if signature[name].startswith("*") or name in ("columns", "out") or "_stride" in name
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
     made = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "num_stages": 4}
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "num_stages": 3}
     )
     ptx = made.asm["ptx"]
     return {

@@ -70,13 +70,15 @@ def inputs(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> torc
 @pytest.mark.parametrize(
     ("name", "group", "symmetric", "ordered", "out", "columns"),
     [
-        ("W4A16", 128, True, False, 64, 256),
+        ("W4A16", 128, True, False, 64, 512),
+        ("W4A16", 256, False, False, 33, 512),
         ("W4A16", 64, False, False, 70, 192),  # channels that are no whole program
-        ("W4A16", 32, True, True, 48, 96),
+        ("W4A16", 32, True, True, 48, 192),
         ("W4A16", 64, False, True, 33, 128),
-        ("W4A16", -1, True, False, 16, 96),  # a scale per channel: tiles of 32
-        ("W8A16", -1, True, False, 70, 160),
+        ("W4A16", -1, True, False, 16, 192),  # a scale per channel: steps of 64
+        ("W8A16", -1, True, False, 70, 192),
         ("W8A16", 32, True, False, 40, 64),
+        ("W8A16", 64, True, True, 40, 256),
     ],
 )
 def test_a_product_is_that_of_the_dequantized_weight(
@@ -94,10 +96,10 @@ def test_a_product_is_that_of_the_dequantized_weight(
 @pytest.mark.parametrize("ordered", [False, True])
 def test_many_rows_are_a_dense_product(name: str, ordered: bool) -> None:
     scheme = Scheme.parse(name, 32)
-    tensor = problem(scheme, 24, 96, ordered=ordered and name == "W4A16")
+    tensor = problem(scheme, 24, 192, ordered=ordered)
     kernel = kernels_triton.select(tensor, scheme, torch.bfloat16)
     assert kernel is not None
-    x = inputs(kernels_triton.MOST_ROWS + 1, 96)
+    x = inputs(kernels_triton.MOST_ROWS + 1, 192)
     expected = x.double() @ tensor.dequantize(torch.float32).double().T
     assert float((kernel(x).double() - expected).norm() / expected.norm()) < 1e-2
 
@@ -117,7 +119,7 @@ def test_how_columns_are_shared_out_does_not_matter(
 ) -> None:
     monkeypatch.setattr(kernels_triton, "_room", lambda _: programs)
     scheme = Scheme.parse("W4A16", 32)
-    tensor = problem(scheme, 32, 32 * 7)  # seven steps, not as many for each
+    tensor = problem(scheme, 32, 64 * 7)  # seven steps, not as many for each
     kernel = kernels_triton.Int4(tensor)
     for _ in range(2):  # the count of arrivals is left as it was found
         check_product(kernel, tensor, 5)
@@ -168,6 +170,59 @@ def test_triton_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not made()
     monkeypatch.setenv("CC", "cc")
     assert made()
+
+
+def run_ptx(text: str, words: torch.Tensor, outputs: int) -> list[torch.Tensor]:
+    """What some assembly makes of a pair of words in each register, by the definitions of its
+    instructions (PTX ISA): bfloat16 [words] of each output.
+
+    Args:
+        text: with ``$0`` and on for the outputs, then the input.
+        words: int32 [2 n], of 16 bits.
+        outputs: of it.
+    """
+    pairs = words.view(-1, 2).long()
+    registers = {f"${outputs}": pairs[:, 0] | pairs[:, 1] << 16}
+
+    def halves(value: torch.Tensor) -> torch.Tensor:
+        return torch.stack([value & 0xFFFF, value >> 16], -1).to(torch.uint16).view(torch.bfloat16)
+
+    def value(name: str) -> torch.Tensor:
+        if name in registers:
+            return registers[name]
+        return torch.full((len(pairs),), int(name, 0))
+
+    for line in text.strip("{}\n").split(";\n"):
+        name, _, rest = line.strip(" ;").partition(" ")
+        target, *read = (part.strip() for part in rest.split(","))
+        if name == ".reg":
+            continue
+        if name == "mov.b32":
+            registers[target] = value(read[0])
+        elif name == "shr.u32":
+            registers[target] = value(read[0]) >> value(read[1])
+        elif name == "lop3.b32":
+            assert read.pop() == "0xea"  # (a and b) or c
+            a, b, c = map(value, read)
+            registers[target] = a & b | c
+        else:
+            assert name == "fma.rn.bf16x2"
+            a, b, c = (halves(value(one)).double() for one in read)
+            made = (a * b + c).to(torch.bfloat16).view(torch.uint16).long()
+            registers[target] = made[:, 0] | made[:, 1] << 16
+    return [halves(registers[f"${number}"]).flatten() for number in range(outputs)]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_assembly_makes_numbers_of_every_word(bits: int) -> None:
+    """What the interpreter cannot run: it computes the same by plain operations."""
+    words = torch.arange(1 << 16, dtype=torch.int32)
+    parts = 16 // bits
+    assembly = {4: kernels_triton._FOUR_CODES, 8: kernels_triton._TWO_CODES}[bits].value
+    for part, found in enumerate(run_ptx(assembly, words, parts)):
+        code = words >> (bits * part) & ((1 << bits) - 1)
+        expected = 128 + code if bits == 4 else code.to(torch.int8)
+        assert torch.equal(found.int(), expected.int())
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
