@@ -66,9 +66,11 @@ def optimise(recipe: Recipe, store: Store, progress: Progress) -> Optimised:
         progress: where to report.
 
     Raises:
-        CompressorError: nothing could be tried, or a stage that every variant needs failed.
+        CompressorError: nothing could be tried, a stage that every variant needs failed, or what
+            the recipe names (a library of one of its variants, a text) is not there.
     """
     assert recipe.optimise is not None
+    make_plan(_final(recipe, ()), store)  # what the end lacks is told before an hour of search
     log = store.root / DIRECTORY / f"{recipe.name}.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
     found = search(recipe, store, progress, log)

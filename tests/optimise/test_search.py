@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,21 @@ def run(directory: Path, store: Path) -> Optimised:
 @pytest.fixture(scope="module")
 def made(place: Path) -> Optimised:
     return run(place, place / "store")
+
+
+def test_what_the_end_lacks_is_told_before_the_search(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("compressor.numerics.bitsandbytes.version", missing)
+    variants = {"nf4": {"quantize": [{"bitsandbytes": {}}]}}
+    path = place / "bitsandbytes.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "variants": variants}))
+    with pytest.raises(RunError, match="bitsandbytes is not installed"):
+        optimise(load_recipe(path), Store(tmp_path / "store"), SilentProgress())
+    assert not list((tmp_path / "store").glob("**/*.safetensors"))  # nothing was computed
 
 
 def test_the_winner_is_that_of_trying_everything(place: Path, made: Optimised) -> None:
