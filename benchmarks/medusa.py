@@ -33,7 +33,6 @@ from transformers import AutoTokenizer
 from compressor.data.sources import load_texts
 from compressor.models.architecture import CausalLM
 from compressor.models.head import last_hidden, split
-from compressor.numerics.memory import keep_freed_pages
 from compressor.speculate.corpus import Corpus, generate_corpus
 from compressor.speculate.features import Features, write_features
 from compressor.speculate.medusa import (
@@ -133,7 +132,6 @@ def plain(
 
 def child(name: str, args: argparse.Namespace, scratch: Path) -> None:
     """What a contestant's process does."""
-    keep_freed_pages()
     corpus = Corpus.load(scratch / "corpus")
     options = MedusaOptions(
         heads=args.heads,

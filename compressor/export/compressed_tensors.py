@@ -207,11 +207,11 @@ def load_model(
     if found:
         scheme_of = read_schemes(found, directory)
         source = Checkpoint(directory)
-        refs = _linears(model)
+        refs = [ref for index in range(len(model.blocks)) for ref in model.linears(index)]
         if (head := model.head()) is not None:
             refs.append(head)
         refs = [ref for ref in refs if source.has(f"{ref.name}.weight_scale")]
-        for group in by_input(refs) if kernel == "auto" else [[ref] for ref in refs]:
+        for group in by_input(refs).values() if kernel == "auto" else [[ref] for ref in refs]:
             weights = [_read_linear(source, ref, scheme_of(ref.name), device) for ref in group]
             made = siblings.quantized(weights, kernel=kernel, dtype=dtype)
             for ref, linear in zip(group, made, strict=True):
@@ -222,16 +222,12 @@ def load_model(
             round_cache(model, scales, kv_cache)
     loaded = model.load_full(dtype, device)
     if kernel == "auto":
-        for group in by_input(_linears(model)):
-            made = siblings.dense([ref.module for ref in group])
-            for ref, linear in zip(group, made, strict=True):
-                model.replace_linear(ref, linear)
+        for index in range(len(model.blocks)):  # one by one, so that what was copied is freed
+            for group in by_input(model.linears(index)).values():
+                made = siblings.dense([ref.module for ref in group])
+                for ref, linear in zip(group, made, strict=True):
+                    model.replace_linear(ref, linear)
     return loaded
-
-
-def _linears(model: CausalLM) -> list[LinearRef]:
-    """All blocks' linears that are dense still."""
-    return [ref for index in range(len(model.blocks)) for ref in model.linears(index)]
 
 
 def _read_linear(

@@ -64,12 +64,12 @@ class LinearRef:
     input_group: str
 
 
-def by_input(refs: Iterable[LinearRef]) -> list[list[LinearRef]]:
-    """Linears in groups that read the same tensor."""
+def by_input(refs: Iterable[LinearRef]) -> dict[str, list[LinearRef]]:
+    """Linears grouped by what they read, in model order."""
     groups: dict[str, list[LinearRef]] = {}
     for ref in refs:
         groups.setdefault(ref.input_group, []).append(ref)
-    return list(groups.values())
+    return groups
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,7 @@ class Int8(Kernel):
         return self.product(self.rounded(x), x.dtype)
 
     def rounded(self, x: torch.Tensor) -> Rounded:
-        """Activations [n, in] in int8, the same for every weight that reads them where their scales
-        are dynamic."""
+        """Activations [n, in] in int8."""
         if self.sums is None:
             return *quantize_rows(x, self.input_scale), None
         return quantize_rows_asymmetric(x)

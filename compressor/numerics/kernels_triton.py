@@ -108,12 +108,13 @@ class _WeightOnly(kernels.Kernel):
 
     def _packed(self, codes: torch.Tensor) -> torch.Tensor:
         count = 16 // self.bits
-        parts = codes.view(self.out, -1, count, self.tile // count).to(torch.int32)
-        parts = parts + 8 if self.bits == 4 else parts & 255
-        words = torch.zeros_like(parts[:, :, 0])
+        parts = codes.view(self.out, -1, count, self.tile // count)
+        words = torch.zeros_like(parts[:, :, 0], dtype=torch.int16)
         for part in range(count):
-            words |= parts[:, :, part] << (self.bits * part)
-        return words.to(torch.int16).transpose(0, 1).contiguous()
+            code = parts[:, :, part].to(torch.int16)
+            code = code + 8 if self.bits == 4 else code & 255
+            words |= code << (self.bits * part)
+        return words.transpose(0, 1).contiguous()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) > MOST_ROWS:

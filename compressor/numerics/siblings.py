@@ -3,7 +3,8 @@
 q_proj, k_proj and v_proj read the same activations, and so do gate_proj and up_proj. As engines do
 that hold their weights as one (vLLM's QKVParallelLinear and MergedColumnParallelLinear), this makes
 fewer and larger products: a decode step of few tokens waits for launches as much as for memory, and
-activations that are to be rounded are rounded once. No output channel is computed otherwise.
+activations that are to be rounded are rounded once. Each output channel is the same sum, perhaps in
+another order.
 """
 
 from __future__ import annotations
@@ -87,11 +88,11 @@ def quantized(
         weights: (weight, scheme, bias [out] or None) of each.
         kernel, dtype: see `QuantizedLinear.from_tensor`.
     """
-    tensor, (_, scheme, bias) = joined([weight for weight, _, _ in weights]), weights[0]
+    scheme = weights[0][1]
+    tensor = joined([weight for weight, _, _ in weights]) if len(weights) > 1 else None
     biases = [one for _, _, one in weights if one is not None]
     if (
-        len(weights) == 1
-        or tensor is None
+        tensor is None
         or any(one != scheme for _, one, _ in weights)
         or len(biases) not in (0, len(weights))
     ):
@@ -105,10 +106,11 @@ def quantized(
 
 def dense(linears: Sequence[nn.Linear]) -> list[nn.Module]:
     """Linears that read one input: siblings, with copies of their weights in place of them, or as
-    they are where they differ in dtype or device or some alone have a bias."""
+    they are where they differ in width, dtype or device or some alone have a bias."""
     first = linears[0]
     if len(linears) == 1 or any(
         (one.bias is None) != (first.bias is None)
+        or one.in_features != first.in_features
         or one.weight.dtype != first.weight.dtype
         or one.weight.device != first.weight.device
         for one in linears
@@ -128,11 +130,12 @@ def _split(linear: nn.Module, sizes: Sequence[int]) -> list[nn.Module]:
 
 
 def joined(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor | None:
-    """One weight with the output channels of all; None where they differ in grid, in the order of
-    their columns or in the scale of their inputs."""
+    """One weight with the output channels of all; None where they differ in width, in grid, in the
+    order of their columns or in the scale of their inputs."""
     first = tensors[0]
     if any(
         one.scheme != first.scheme
+        or one.codes.shape[1] != first.codes.shape[1]
         or one.scale.shape[1] != first.scale.shape[1]
         or not _equal(one.g_idx, first.g_idx)
         or not _equal(one.input_scale, first.input_scale)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from compressor.errors import RunError
-from compressor.models.architecture import CausalLM, LinearRef
+from compressor.models.architecture import CausalLM, LinearRef, by_input
 from compressor.models.checkpoint import drop_unfinished
 from compressor.models.kv_cache import CacheObserver, check_attention, no_cache
 from compressor.numerics.memory import (
@@ -59,7 +59,7 @@ from compressor.quantize.registry import (
     WeightResult,
 )
 from compressor.quantize.statistics import InputStatistics, fit_to_rounded_inputs
-from compressor.quantize.stream import RESUME, Stream, by_input, divisor
+from compressor.quantize.stream import RESUME, Stream, divisor
 from compressor.quantize.suspended import run_suspended
 from compressor.quantize.transforms import apply_transforms, enough
 from compressor.quantize.whole import STATE, refine_whole

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compressor.models.architecture import CausalLM, LinearRef
-from compressor.quantize.stream import Stream, by_input
+from compressor.models.architecture import CausalLM, LinearRef, by_input
+from compressor.quantize.stream import Stream
 
 
 class SquaredInputs:

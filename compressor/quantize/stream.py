@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 
 from compressor.errors import RunError
-from compressor.models.architecture import BlockInputs, CausalLM, LinearRef
+from compressor.models.architecture import BlockInputs, CausalLM, LinearRef, by_input
 from compressor.models.checkpoint import read_file
 from compressor.models.experts import UnfusedExperts
 from compressor.numerics.memory import suppress_out_of_memory
@@ -285,14 +285,6 @@ class Stream:
 def divisor(samples: int, most: int) -> int:
     """The largest divisor of ``samples`` that is at most ``most``."""
     return max(d for d in range(1, min(most, samples) + 1) if samples % d == 0)
-
-
-def by_input(refs: Sequence[LinearRef]) -> dict[str, list[LinearRef]]:
-    """Linears grouped by what they read, in model order."""
-    groups: dict[str, list[LinearRef]] = {}
-    for ref in refs:
-        groups.setdefault(ref.input_group, []).append(ref)
-    return groups
 
 
 def cast(value: Any, dtype: torch.dtype, made: dict[int, torch.Tensor] | None = None) -> Any:

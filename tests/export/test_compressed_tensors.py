@@ -12,7 +12,7 @@ import torch
 
 from compressor.errors import RunError
 from compressor.export import compressed_tensors as ct
-from compressor.measure.engines.transformers import model_bytes
+from compressor.measure.engines.transformers import model_bytes, model_kernel
 from compressor.models.architecture import CausalLM
 from compressor.numerics.scheme import KV_CACHE, Scheme
 from compressor.numerics.siblings import Siblings
@@ -144,6 +144,8 @@ def test_linears_of_one_input_are_one_product(
     assert float((got - expected).norm() / expected.norm()) < (2e-2 if options else 1e-5)
     assert len(found) == together
     assert model_bytes(fast) <= model_bytes(plain)
+    counts = [model_kernel(one).rpartition(" ")[2] for one in (plain, fast)]
+    assert counts[0] == counts[1]  # of linears, not of products
     # One each, but for experts that no token came to.
     assert len(products) == together if arch != "mixtral" else 2 < len(products) <= together
 

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from compressor.export.compressed_tensors import load_model
 from compressor.measure.engines.fusion import fused
 from compressor.measure.engines.static_decoder import StaticDecoder
 from compressor.numerics.linear import QuantizedLinear
 from compressor.numerics.siblings import Sibling
+from tests import tiny
 from tests.measure.test_static_decoder import LAST, tokens
 from tests.speculate.decoders import load
 
@@ -76,11 +78,22 @@ def test_a_step_is_the_same_in_fewer_pieces(
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-def test_blocks_share_what_was_compiled(compiler: Compiler, tmp_path: Path) -> None:
-    model = load(tmp_path)
+@pytest.mark.parametrize(
+    ("kind", "graphs"),  # a norm, a rotary embedding, and what a gate's products leave
+    [("dense", 3), ("dense siblings", 4), ("W8A8", 4)],
+)
+def test_blocks_share_what_was_compiled(
+    kind: str, graphs: int, compiler: Compiler, tmp_path: Path
+) -> None:
+    if kind == "dense siblings":
+        tiny.build("llama", tmp_path, num_hidden_layers=12)
+        model = load_model(tmp_path, kernel="auto")
+        assert any(isinstance(module, Sibling) for module in model.modules())
+    else:
+        model = load(tmp_path, "llama", None if kind == "dense" else kind, num_hidden_layers=12)
     with torch.inference_mode(), fused(model, compiler):
         model(input_ids=torch.tensor([[1, 2, 3]]))
-    assert len(compiler.graphs) == 3  # a norm, a rotary embedding, a gate
+    assert len(compiler.graphs) == graphs
 
 
 @pytest.mark.parametrize("name", ["W8A8", "W4A16"])

@@ -41,7 +41,7 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], bool]]:
             ("int4 ordered", {"ORDERED": True}),
             ("int4 in groups of 32", {"TILE": 64}),
             ("int4 unsplit", {"SPLIT": 1}),
-            ("int8 weights", {"BITS": 8, "TILE": 128}),
+            ("int8 weights per channel", {"BITS": 8, "TILE": 128, "HALVES": 64}),
         ):
             found.append(
                 (f"{label}, {rows} rows", own._weight_only_kernel, BFLOAT16 | COMMON,
@@ -59,7 +59,8 @@ def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], bool]]:
         found.append(("rounding", own._round_kernel, pointers, constants, False))
     pointers = {"words": "*i16", "scale": "*bf16", "zero": "*i8", "weight": "*bf16"}
     for bits in (4, 8):
-        constants = {"BITS": bits, "HAS_ZERO": bits == 4, "HALVES": 1, "TILE": 256, "OUT": 64}
+        tile = own._TILES[bits][0]
+        constants = {"BITS": bits, "HAS_ZERO": bits == 4, "HALVES": 2, "TILE": tile, "OUT": 64}
         found.append((f"unpacking {bits} bits", own._unpack_kernel, pointers, constants, False))
     return found
 

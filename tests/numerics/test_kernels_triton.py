@@ -154,13 +154,15 @@ def test_rows_are_rounded_as_on_the_cpu(columns: int, dtype: torch.dtype) -> Non
 
 
 def test_what_has_no_kernel_is_left_to_dequantized_weights() -> None:
-    for name, group, dtype in (
-        ("W4A16", 64, torch.float32),  # it computes in bfloat16
-        ("W4A16", 48, torch.bfloat16),  # no whole tiles
-        ("W3A16", 64, torch.bfloat16),
+    for name, group, columns, dtype in (
+        ("W4A16", 64, 192, torch.float32),  # it computes in bfloat16
+        ("W4A16", 48, 192, torch.bfloat16),  # no whole groups in a step
+        ("W4A16", 32, 96, torch.bfloat16),  # no whole steps
+        ("W8A16", -1, 160, torch.bfloat16),
+        ("W3A16", 64, 192, torch.bfloat16),
     ):
         scheme = Scheme.parse(name, group)
-        assert kernels_triton.select(problem(scheme, 16, 192), scheme, dtype) is None
+        assert kernels_triton.select(problem(scheme, 16, columns), scheme, dtype) is None
 
 
 def test_triton_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,5 +168,11 @@ def test_what_cannot_be_one_product_stays_apart(
 def test_dense_ones_that_differ_stay_apart() -> None:
     biased = [nn.Linear(8, 8), nn.Linear(8, 8, bias=False)]
     mixed = [nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.bfloat16)]
-    for linears in (biased, mixed, [nn.Linear(8, 8)]):
+    wider = [nn.Linear(8, 8), nn.Linear(16, 8)]
+    for linears in (biased, mixed, wider, [nn.Linear(8, 8)]):
         assert siblings.dense(linears) == linears
+
+
+def test_weights_of_other_widths_are_not_joined() -> None:
+    scheme = Scheme.parse("W8A8")
+    assert siblings.joined([quantized(scheme, 16, 64), quantized(scheme, 16, 128)]) is None

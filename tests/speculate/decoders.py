@@ -27,7 +27,7 @@ def load(directory: Path, arch: str = "llama", scheme: str | None = None, **chan
     if scheme is not None:
         parsed = Scheme.parse(scheme, 32 if scheme[1] in "234" else None)
         for index in range(len(model.blocks)):
-            for group in by_input(model.linears(index)):
+            for group in by_input(model.linears(index)).values():
                 made = siblings.quantized([_rounded(model, ref, parsed) for ref in group])
                 for ref, linear in zip(group, made, strict=True):
                     model.replace_linear(ref, linear)

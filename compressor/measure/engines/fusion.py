@@ -41,11 +41,11 @@ def fused(model: nn.Module, compile: Compile = torch.compile) -> Iterator[int]:
     compiled = functools.cache(compile)
     with contextlib.ExitStack() as stack:
         count = 0
+        for kind in (QuantizedLinear, Sibling):  # their products are one kernel already
+            whole = torch.compiler.disable(kind.forward)
+            stack.enter_context(_replaced(kind, "forward", whole))
         for module in model.modules():
-            if isinstance(module, QuantizedLinear | Sibling):  # their kernels are one already
-                whole = torch.compiler.disable(module.forward)
-                stack.enter_context(_replaced(module, "forward", whole))
-            elif type(module).__name__.endswith(_SMALL):
+            if type(module).__name__.endswith(_SMALL):
                 function = compiled(type(module).forward)
                 bound = functools.partial(function, module)
                 stack.enter_context(_replaced(module, "forward", bound))

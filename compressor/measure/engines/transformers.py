@@ -16,6 +16,7 @@ from transformers import DynamicCache, StaticCache
 
 from compressor.measure.engines.base import RequestSample
 from compressor.measure.engines.static_decoder import StaticDecoder, StaticDecoders
+from compressor.numerics.siblings import Siblings
 
 Loader = Callable[[torch.dtype], nn.Module]
 CacheKind = Literal["dynamic", "static"]
@@ -34,8 +35,11 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def model_kernel(model: nn.Module) -> str:
-    """Kernels of the low-bit linears by use, such as ``int4pack (210)``; ``dense`` if none."""
-    names = [getattr(module, "kernel_name", None) for module in model.modules()]
+    """Kernels of the low-bit linears by use, such as ``int4pack (210)``; ``dense`` if none. Linears
+    that are one product count each by themselves."""
+    products = {module.linear for module in model.modules() if isinstance(module, Siblings)}
+    linears = (module for module in model.modules() if module not in products)
+    names = [getattr(module, "kernel_name", None) for module in linears]
     counts = Counter(name for name in names if isinstance(name, str))
     return ", ".join(f"{name} ({count})" for name, count in counts.most_common()) or "dense"
 
