@@ -80,22 +80,30 @@ def masked_attention(
 
 
 def single_token_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(scale Q K^T) V for one new token of each sequence.
+    """softmax(scale Q K^T) V for one new token of each sequence; heads that share keys are rows of
+    one product.
 
     Args:
         query: [batch, heads, 1, width].
         key: [batch, heads of keys, length, width], their number a divisor of ``heads``.
         value: [batch, heads of keys, length, width of values].
         scale: of the scores.
+        mask: bool [batch, 1, 1, length], where there are keys; None for everywhere.
 
     Returns:
         [batch, 1, heads, width of values].
     """
     batch, heads, _, width = query.shape
     rows = query.reshape(batch, key.shape[1], -1, width)
-    mixed = nn.functional.scaled_dot_product_attention(rows, key, value, scale=scale)
+    mixed = nn.functional.scaled_dot_product_attention(
+        rows, key, value, attn_mask=mask, scale=scale
+    )
     return mixed.reshape(batch, 1, heads, -1)
 
 

@@ -23,7 +23,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from compressor.models.attention import HANDLER, chunked_causal_attention
+from compressor.models.attention import (
+    HANDLER,
+    chunked_causal_attention,
+    single_token_attention,
+)
 from compressor.models.attention import NAME as CHUNKED
 
 NAME = "ragged_causal"
@@ -63,13 +67,11 @@ def ragged_causal_attention(
         rows, columns = last - first, high - low
         if rows == 0:
             continue
-        keys, values = key[:, :, low:high], value[:, :, low:high]
-        if rows == 1:  # heads that share keys are rows of one product; the cache ends its window
-            one = query[:, :, first].view(1, shared, heads // shared, -1)
-            mixed = scaled_dot_product_attention(one, keys, values, scale=scale)
-            out[0, first] = mixed.view(heads, -1)
-            continue
         queries = query[:, :, first:last]
+        keys, values = key[:, :, low:high], value[:, :, low:high]
+        if rows == 1:  # the cache ends its window
+            out[:, first:last] = single_token_attention(queries, keys, values, scale)
+            continue
         whole = rows == columns and (window is None or columns <= window)
         if whole and query.device.type == "cpu":
             out[:, first:last] = chunked_causal_attention(queries, keys, values, scale)
@@ -100,13 +102,11 @@ def single_queries(
     Returns:
         [1, requests, heads, width of values].
     """
-    heads, count, width = query.shape[1:]
-    shared, longest = key.shape[1], max(lengths)
-    rows = query[0].transpose(0, 1).reshape(count, shared, heads // shared, width)
+    count, longest = query.shape[2], max(lengths)
+    queries = query.transpose(0, 2)  # a batch of requests
     keys, values = (x[0].unflatten(1, (count, longest)).transpose(0, 1) for x in (key, value))
     mask = _filled(tuple(lengths), query.device) if min(lengths) < longest else None
-    mixed = scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
-    return mixed.reshape(1, count, heads, -1)
+    return single_token_attention(queries, keys, values, scale, mask).transpose(0, 1)
 
 
 @functools.lru_cache(maxsize=4)  # the layers of a step ask for the same
