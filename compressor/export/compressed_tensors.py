@@ -214,8 +214,7 @@ def load_model(
         for group in by_input(refs).values() if kernel == "auto" else [[ref] for ref in refs]:
             weights = [_read_linear(source, ref, scheme_of(ref.name), device) for ref in group]
             made = siblings.quantized(weights, kernel=kernel, dtype=dtype)
-            for ref, linear in zip(group, made, strict=True):
-                model.replace_linear(ref, linear)
+            model.replace_linears(group, made)
         if found.get("kv_cache_scheme"):
             kv_cache = _read_kv_cache(found["kv_cache_scheme"], directory)
             scales = {n: source.tensor(n) for n in source.names if n.endswith((KEY, VALUE))}
@@ -224,9 +223,7 @@ def load_model(
     if kernel == "auto":
         for index in range(len(model.blocks)):  # one by one, so that what was copied is freed
             for group in by_input(model.linears(index)).values():
-                made = siblings.dense([ref.module for ref in group])
-                for ref, linear in zip(group, made, strict=True):
-                    model.replace_linear(ref, linear)
+                model.replace_linears(group, siblings.dense([ref.module for ref in group]))
     return loaded
 
 

@@ -12,7 +12,7 @@ import copy
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -483,6 +483,11 @@ class CausalLM:
     def replace_linear(self, ref: LinearRef, module: nn.Module) -> None:
         """Put another module in a linear's place."""
         _set_module(self.model, ref.path, module)
+
+    def replace_linears(self, refs: Sequence[LinearRef], modules: Sequence[nn.Module]) -> None:
+        """Put other modules in the places of as many linears."""
+        for ref, module in zip(refs, modules, strict=True):
+            self.replace_linear(ref, module)
 
     def load_full(
         self,

@@ -29,8 +29,7 @@ def load(directory: Path, arch: str = "llama", scheme: str | None = None, **chan
         for index in range(len(model.blocks)):
             for group in by_input(model.linears(index)).values():
                 made = siblings.quantized([_rounded(model, ref, parsed) for ref in group])
-                for ref, linear in zip(group, made, strict=True):
-                    model.replace_linear(ref, linear)
+                model.replace_linears(group, made)
     return model.load_full(torch.float32)
 
 
